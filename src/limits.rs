@@ -1,0 +1,198 @@
+//! Every bound of the project, with its reason; `uffd-sync limits` prints this table.
+//!
+//! Relations between bounds are asserted at compile time below the table.
+
+use crate::units::{GIB, KIB, MIB, PAGE_SIZE};
+
+/// How a limit's number is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unit {
+    /// A number of bytes.
+    Bytes,
+    /// A number of things.
+    Count,
+    /// A time in microseconds.
+    Micros,
+    /// A time in milliseconds.
+    Millis,
+}
+
+/// One bound: what `uffd-sync limits` prints.
+#[derive(Clone, Copy, Debug)]
+pub struct Limit {
+    /// The constant's name.
+    pub name: &'static str,
+    /// Its value.
+    pub value: u64,
+    /// How the value is to be read.
+    pub unit: Unit,
+    /// Why it is what it is.
+    pub reason: &'static str,
+}
+
+macro_rules! limits {
+    ($($(#[doc = $reason:literal])+ $name:ident = $value:expr, $unit:ident;)+) => {
+        $($(#[doc = $reason])+ pub const $name: u64 = $value;)+
+
+        /// All limits, in the order of this file.
+        pub const LIMITS: &[Limit] = &[
+            $(Limit { name: stringify!($name), value: $name, unit: Unit::$unit, reason: concat!($($reason),+) },)+
+        ];
+    };
+}
+
+limits! {
+    /// Longest name of a region or a node; one line on a screen, and a fixed field in shared layouts.
+    MAX_NAME_BYTES = 64, Bytes;
+    /// Largest region; keeps every offset + length far from overflow and page numbers in 32 bits.
+    MAX_REGION_BYTES = 4096 * GIB, Bytes;
+    /// Most regions on one node; each costs descriptors and two mappings.
+    MAX_REGIONS = 16_384, Count;
+    /// Changed bytes carried by one frame; fits the second-level cache, so that checksum and copy read it once.
+    MAX_CHUNK = 256 * KIB, Bytes;
+    /// Extents in one frame; bounds the headers in a frame to a fraction of its data.
+    MAX_EXTENTS_PER_FRAME = 4096, Count;
+    /// Longest body of any frame: a full chunk, its extent headers and the update prefix.
+    MAX_BODY = MAX_CHUNK + 12 * MAX_EXTENTS_PER_FRAME + 64, Bytes;
+    /// Bytes of an update staged by a replica before it is applied; a larger update goes in place and the region is `syncing` meanwhile.
+    STAGING_BUDGET = 512 * MIB, Bytes;
+    /// Freed memory that `serve` keeps for the next large buffer instead of faulting it in again.
+    KEPT_FREE = 64 * MIB, Bytes;
+    /// Extents kept exactly per replica; beyond it they degrade to whole pages.
+    MAX_PENDING_EXTENTS = 65_536, Count;
+    /// Share of a region that may be copied aside for open updates: region size / this.
+    PREIMAGE_DIVISOR = 4, Count;
+    /// Least bytes for pre-images, so that tiny regions can have an open update at all.
+    PREIMAGE_MIN = 4 * MIB, Bytes;
+    /// Open updates of different epochs that one region copies aside for.
+    MAX_PINNED_TARGETS = 2, Count;
+    /// Updates sent to one replica and not yet acknowledged; beyond it changes merge into the next one.
+    MAX_UNACKED = 64, Count;
+    /// Replicas following one region.
+    MAX_REPLICAS = 64, Count;
+    /// Replicas whose acknowledged epochs stand in the control page.
+    MAX_ACKED_SLOTS = 16, Count;
+    /// Time without a frame after which an open update is dropped and a resync asked for.
+    UPDATE_DEADLINE_MS = 5_000, Millis;
+    /// Longest time that a capture by timer is put off while pre-images are short.
+    CAPTURE_POSTPONE_MS = 100, Millis;
+    /// Longest time that a reader's hold delays the next apply.
+    HOLD_MAX_MS = 10, Millis;
+    /// Seqlock tries of a reader before it raises its hold.
+    READ_TRIES = 3, Count;
+    /// Readers attached to one region.
+    MAX_READERS = 256, Count;
+    /// Pages that one step of a capture looks at; about 0.15 ms when all of them changed.
+    CAPTURE_STEP_PAGES = 128, Count;
+    /// Longest time that one turn of the loop works on captures, applies and digests.
+    SLICE_US = 1_000, Micros;
+    /// Longest time that one turn works on one region; what waits behind it is another region's commit.
+    WORK_STEP_US = 200, Micros;
+    /// Connections of all kinds on one node.
+    MAX_CONNECTIONS = 1_024, Count;
+    /// Of these, kept for the control socket: followers, however many, do not lock its users out.
+    RESERVED_CONNECTIONS = 64, Count;
+    /// Connections that have not finished their hello.
+    MAX_HALF_OPEN = 64, Count;
+    /// Time for a hello to arrive.
+    HANDSHAKE_DEADLINE_MS = 5_000, Millis;
+    /// Connections accepted in one turn of the loop.
+    MAX_ACCEPTS_PER_TURN = 32, Count;
+    /// Silence after which a connection is probed with a ping.
+    PING_INTERVAL_MS = 1_000, Millis;
+    /// Silence after which a connection counts as dead.
+    PEER_DEADLINE_MS = 5_000, Millis;
+    /// Shortest wait before a lost source is dialled again; doubled up to the longest.
+    RECONNECT_MIN_MS = 50, Millis;
+    /// Longest wait before a lost source is dialled again.
+    RECONNECT_MAX_MS = 2_000, Millis;
+    /// Bytes queued for one connection before producers stop.
+    MAX_SEND_QUEUE = 2 * MIB, Bytes;
+    /// Longest JSON part of a request on the control socket.
+    MAX_CONTROL_REQUEST = 64 * KIB, Bytes;
+    /// Longest JSON part of an answer on the control socket; the status of as many regions as a node may have.
+    MAX_CONTROL_ANSWER = 64 * MIB, Bytes;
+    /// Longest raw payload of a message on the control socket.
+    MAX_CONTROL_PAYLOAD = MIB, Bytes;
+    /// Descriptors in one message on the control socket.
+    MAX_CONTROL_FDS = 8, Count;
+    /// Commands from other threads waiting for the engine.
+    MAX_COMMANDS = 256, Count;
+    /// Marks in the ring of a control memfd; beyond it they degrade to whole pages.
+    MARK_RING_SLOTS = 4_096, Count;
+    /// Shortest pause between two timer captures of a region (default of the configuration).
+    INTERVAL_MIN_US = 1_000, Micros;
+    /// Longest pause between two timer captures of a region (default of the configuration); the staleness limit.
+    INTERVAL_MAX_US = 20_000, Micros;
+    /// Time within which marked bytes are shipped without a commit (default of the configuration).
+    MARK_MAX_DELAY_US = 5_000, Micros;
+    /// Least pause that may be configured; below it scanning alone keeps the engine busy.
+    PAUSE_FLOOR_US = 50, Micros;
+    /// Greatest pause that may be configured; beyond it a replica is a backup, not a mirror.
+    PAUSE_CEILING_US = 60_000_000, Micros;
+    /// Content compared by one digest in a resync; a region is sent in these pieces where they differ.
+    DIGEST_CHUNK = 64 * KIB, Bytes;
+    /// Digests in one frame.
+    MAX_DIGESTS_PER_FRAME = 4_096, Count;
+    /// Time in which `SIGTERM` drains what is pending.
+    DRAIN_DEADLINE_MS = 3_000, Millis;
+    /// Time for which a source remembers a replica that went away, so that it can resume.
+    RESUME_WINDOW_MS = 300_000, Millis;
+}
+
+const _: () = {
+    assert!(
+        MAX_CHUNK.is_multiple_of(PAGE_SIZE),
+        "a chunk holds whole pages"
+    );
+    assert!(
+        MAX_BODY <= u32::MAX as u64,
+        "a body's length is 32 bits on the wire"
+    );
+    assert!(
+        16 * MAX_DIGESTS_PER_FRAME + 64 <= MAX_BODY,
+        "a frame of digests is a frame"
+    );
+    assert!(
+        MAX_REGION_BYTES / PAGE_SIZE <= 1 << 32,
+        "page numbers fit in 32 bits"
+    );
+    assert!(
+        RESERVED_CONNECTIONS + MAX_HALF_OPEN < MAX_CONNECTIONS,
+        "followers have room beside the control socket"
+    );
+    assert!(
+        PEER_DEADLINE_MS >= 3 * PING_INTERVAL_MS,
+        "one lost ping kills no connection"
+    );
+    assert!(INTERVAL_MIN_US <= INTERVAL_MAX_US, "the interval has room");
+    assert!(
+        HOLD_MAX_MS < UPDATE_DEADLINE_MS,
+        "a reader's hold cannot make an update miss its deadline"
+    );
+    assert!(
+        MAX_SEND_QUEUE >= 2 * MAX_BODY,
+        "one frame is sent while the next is made"
+    );
+    assert!(
+        DIGEST_CHUNK.is_multiple_of(PAGE_SIZE),
+        "digests cover whole pages"
+    );
+    assert!(
+        MARK_RING_SLOTS.is_power_of_two(),
+        "ring positions wrap by a mask"
+    );
+};
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_limit_has_a_reason_and_a_name_of_its_own() {
+        for (i, limit) in LIMITS.iter().enumerate() {
+            assert!(limit.reason.len() > 20, "{} has no reason", limit.name);
+            assert!(LIMITS[..i].iter().all(|other| other.name != limit.name));
+        }
+    }
+}

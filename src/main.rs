@@ -1,0 +1,3 @@
+//! The command `uffd-sync`.
+
+fn main() {}
