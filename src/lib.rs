@@ -61,6 +61,9 @@ pub mod bitmap;
 pub mod checksum;
 #[cfg(not(loom))]
 pub mod limits;
+pub mod shm;
+#[cfg(not(loom))]
+pub mod sys;
 #[cfg(not(loom))]
 pub mod units;
 #[cfg(not(loom))]

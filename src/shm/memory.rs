@@ -1,0 +1,329 @@
+//! Shared memory by copies and atomics.
+#![allow(
+    unsafe_code,
+    reason = "copies from and to memory that other processes may write"
+)]
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, AtomicU64};
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use crate::sys::map::{Access, Mapping};
+use crate::units::{OutOfRange, checked_range};
+
+/// A write that was refused; nothing was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum WriteError {
+    /// It does not lie within the memory.
+    #[error(transparent)]
+    OutOfRange(#[from] OutOfRange),
+    /// The memory is mapped for reading only.
+    #[error("write at offset {offset} to memory that is mapped for reading only")]
+    ReadOnly {
+        /// First byte that was to be written.
+        offset: u64,
+    },
+}
+
+/// A mapping that other processes may write at any time. Clones share it; it is
+/// unmapped with the last one.
+///
+/// A copy may mix bytes of before and after somebody's store; what is needed
+/// whole is read under a [`super::seqlock`] or through an atomic.
+#[derive(Clone, Debug)]
+pub struct SharedMemory(Arc<Mapping>);
+
+impl SharedMemory {
+    /// All of `mapping`.
+    pub fn new(mapping: Mapping) -> SharedMemory {
+        SharedMemory(Arc::new(mapping))
+    }
+
+    /// The mapping underneath.
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        &self.0
+    }
+
+    /// Bytes, a multiple of the page size.
+    pub fn len(&self) -> u64 {
+        self.0.len()
+    }
+
+    /// Never: an empty mapping cannot be made.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The first byte, for those who know what they may do with it.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.0.as_ptr()
+    }
+
+    /// Copies `out.len()` bytes at `offset` into `out`.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if they do not lie within the memory.
+    #[inline]
+    pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), OutOfRange> {
+        let range = checked_range(offset, out.len() as u64, self.len())?;
+        // SAFETY: required: `out.len()` readable bytes at the source, writable at
+        // the target, not overlapping. The range was checked against the mapping,
+        // which `self` keeps; a slice that is borrowed exclusively is never part
+        // of it, since no slice is ever made of it.
+        unsafe {
+            copy_bytes(
+                self.as_ptr().add(range.start as usize),
+                out.as_mut_ptr(),
+                out.len(),
+            );
+        }
+        Ok(())
+    }
+
+    /// Copies `bytes` to `offset`.
+    ///
+    /// # Errors
+    /// [`WriteError`] if they do not lie within the memory or it is read-only.
+    #[inline]
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), WriteError> {
+        let range = checked_range(offset, bytes.len() as u64, self.len())?;
+        if self.0.access() != Access::ReadWrite {
+            return Err(WriteError::ReadOnly { offset });
+        }
+        // SAFETY: required: as for `read`, with the two sides changed over, and
+        // the mapping writable, which was just checked.
+        unsafe {
+            copy_bytes(
+                bytes.as_ptr(),
+                self.as_ptr().add(range.start as usize),
+                bytes.len(),
+            );
+        }
+        Ok(())
+    }
+
+    /// A copy of the `T` at `offset`, which need not be aligned.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if it does not lie within the memory.
+    pub fn load<T: FromBytes>(&self, offset: u64) -> Result<T, OutOfRange> {
+        let range = checked_range(offset, size_of::<T>() as u64, self.len())?;
+        let mut value = std::mem::MaybeUninit::<T>::uninit();
+        // SAFETY: required: as for `read`; the target is a local of `T`'s size.
+        unsafe {
+            copy_bytes(
+                self.as_ptr().add(range.start as usize),
+                value.as_mut_ptr().cast(),
+                size_of::<T>(),
+            );
+        }
+        // SAFETY: required: all bytes of the value are initialised and any bytes
+        // are a `T`. They were just copied; `T: FromBytes`.
+        Ok(unsafe { value.assume_init() })
+    }
+
+    /// Copies `value` to `offset`, which need not be aligned.
+    ///
+    /// # Errors
+    /// As for [`SharedMemory::write`].
+    pub fn store<T: IntoBytes + Immutable>(
+        &self,
+        offset: u64,
+        value: &T,
+    ) -> Result<(), WriteError> {
+        self.write(offset, value.as_bytes())
+    }
+
+    /// The 32-bit word at `offset`, of a layout whose size was checked when the
+    /// memory was opened. Storing to a word of read-only memory is a `SIGSEGV`.
+    ///
+    /// # Panics
+    /// If it is misaligned or beyond the memory.
+    #[inline]
+    pub fn atomic_u32(&self, offset: u64) -> &AtomicU32 {
+        match self.word::<4>(offset) {
+            // SAFETY: required: an aligned u32 that lives as long as the reference,
+            // accessed by atomics only. `word` checked it, and `copy_bytes`, which
+            // others may use on it, counts as another process's access.
+            Ok(word) => unsafe { AtomicU32::from_ptr(word.cast()) },
+            Err(e) => panic!("a 32-bit word of a layout: {e}"),
+        }
+    }
+
+    /// The 64-bit word at `offset`; otherwise as [`SharedMemory::atomic_u32`].
+    ///
+    /// # Panics
+    /// If it is misaligned or beyond the memory.
+    #[inline]
+    pub fn atomic_u64(&self, offset: u64) -> &AtomicU64 {
+        match self.checked_atomic_u64(offset) {
+            Ok(word) => word,
+            Err(e) => panic!("a 64-bit word of a layout: {e}"),
+        }
+    }
+
+    /// The 64-bit word at an `offset` that comes from outside.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if it is misaligned or beyond the memory.
+    #[inline]
+    pub fn checked_atomic_u64(&self, offset: u64) -> Result<&AtomicU64, OutOfRange> {
+        let word = self.word::<8>(offset)?;
+        // SAFETY: as for `atomic_u32`, with eight bytes.
+        Ok(unsafe { AtomicU64::from_ptr(word.cast()) })
+    }
+
+    /// `N` bytes at `offset`, a multiple of `N`.
+    #[inline]
+    fn word<const N: u64>(&self, offset: u64) -> Result<*mut u8, OutOfRange> {
+        let range = checked_range(offset, N, self.len())?;
+        if !offset.is_multiple_of(N) {
+            return Err(OutOfRange {
+                offset,
+                len: N,
+                size: self.len(),
+            });
+        }
+        // SAFETY: required: the result lies within the mapping; just checked.
+        // Mappings start at a page, so a multiple of N is aligned to N.
+        Ok(unsafe { self.as_ptr().add(range.start as usize) })
+    }
+}
+
+/// Copies `len` bytes of which one side may be changed by others meanwhile.
+///
+/// # Safety
+/// `from` is readable and `to` writable for `len` bytes; they do not overlap.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+unsafe fn copy_bytes(from: *const u8, to: *mut u8, len: usize) {
+    // SAFETY: required: what the caller promises. The instruction is opaque to
+    // the compiler, so a concurrent store is no data race of the language: the
+    // copy gets some bytes, which is all that is promised. The direction flag is
+    // clear by the ABI.
+    unsafe {
+        core::arch::asm!(
+            "rep movsb",
+            inout("rcx") len => _,
+            inout("rsi") from => _,
+            inout("rdi") to => _,
+            options(nostack, preserves_flags),
+        );
+    }
+}
+
+/// Copies `len` bytes of which one side may be changed by others meanwhile.
+///
+/// # Safety
+/// `from` is readable and `to` writable for `len` bytes; they do not overlap.
+#[cfg(not(target_arch = "x86_64"))]
+unsafe fn copy_bytes(from: *const u8, to: *mut u8, len: usize) {
+    use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
+    let together = (from as usize) % 8 == (to as usize) % 8;
+    let mut at = 0;
+    while at < len {
+        // SAFETY: required: `at` and the seven bytes behind it lie within `len`
+        // for a word, `at` for a byte, and words are aligned; the conditions say
+        // so. The rest is what the caller promises; all accesses are atomic.
+        unsafe {
+            let (source, target) = (from.add(at).cast_mut(), to.add(at));
+            if together && (target as usize) % 8 == 0 && len - at >= 8 {
+                let word = AtomicU64::from_ptr(source.cast()).load(Relaxed);
+                AtomicU64::from_ptr(target.cast()).store(word, Relaxed);
+                at += 8;
+            } else {
+                let byte = AtomicU8::from_ptr(source).load(Relaxed);
+                AtomicU8::from_ptr(target).store(byte, Relaxed);
+                at += 1;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sys::memfd;
+    use crate::units::PAGE_SIZE;
+    use proptest::prelude::*;
+    use std::sync::atomic::Ordering;
+
+    const LEN: u64 = 2 * PAGE_SIZE;
+
+    fn memory(access: Access) -> SharedMemory {
+        let fd = memfd::create("memory", LEN).expect("memfd");
+        SharedMemory::new(Mapping::shared(fd, LEN, access).expect("map"))
+    }
+
+    #[test]
+    fn two_mappings_see_the_same_bytes() {
+        let fd = memfd::create("memory", LEN).expect("memfd");
+        let [a, b] = [Access::ReadWrite, Access::ReadOnly]
+            .map(|access| SharedMemory::new(Mapping::shared(&fd, LEN, access).expect("map")));
+        a.write(4090, b"over the edge").expect("write");
+        let mut out = [0; 13];
+        b.read(4090, &mut out).expect("read");
+        assert_eq!(&out, b"over the edge");
+        a.store(17, &0x0123_4567_89AB_CDEF_u64).expect("store");
+        assert_eq!(b.load::<u64>(17), Ok(0x0123_4567_89AB_CDEF));
+        a.atomic_u64(64).store(9, Ordering::Release);
+        assert_eq!(b.atomic_u64(64).load(Ordering::Acquire), 9);
+        a.atomic_u32(72).store(4, Ordering::Release);
+        assert_eq!(b.atomic_u32(72).load(Ordering::Acquire), 4);
+        assert_eq!(b.write(5, b"x"), Err(WriteError::ReadOnly { offset: 5 }));
+        assert!(b.write(LEN, b"x").is_err());
+    }
+
+    #[test]
+    fn words_from_outside_are_checked() {
+        let memory = memory(Access::ReadOnly);
+        assert!(memory.checked_atomic_u64(LEN - 8).is_ok());
+        for offset in [4, LEN - 4, LEN, u64::MAX, u64::MAX - 7] {
+            assert!(memory.checked_atomic_u64(offset).is_err(), "{offset}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "a 32-bit word of a layout")]
+    fn a_misaligned_word_of_a_layout_is_a_mistake() {
+        memory(Access::ReadOnly).atomic_u32(2);
+    }
+
+    proptest! {
+        #[test]
+        fn copies_are_those_of_a_vector(
+            writes in prop::collection::vec(
+                (0..LEN + 40, prop::collection::vec(any::<u8>(), 0..300)),
+                1..20,
+            ),
+            at in prop_oneof![0..LEN + 40, Just(u64::MAX)],
+            len in 0..600usize,
+        ) {
+            let memory = memory(Access::ReadWrite);
+            let mut model = vec![0u8; LEN as usize];
+            for (offset, bytes) in writes {
+                let place = offset as usize..offset as usize + bytes.len();
+                match model.get_mut(place) {
+                    Some(place) => {
+                        place.copy_from_slice(&bytes);
+                        prop_assert!(memory.write(offset, &bytes).is_ok());
+                    }
+                    None => prop_assert!(memory.write(offset, &bytes).is_err()),
+                }
+            }
+            let mut all = vec![1; LEN as usize];
+            memory.read(0, &mut all).expect("read");
+            prop_assert_eq!(&all, &model);
+            let mut out = vec![1; len];
+            let end = (at as usize).checked_add(len);
+            match end.and_then(|end| model.get(at as usize..end)) {
+                Some(place) => {
+                    memory.read(at, &mut out).expect("read");
+                    prop_assert_eq!(&out, place);
+                }
+                None => prop_assert!(memory.read(at, &mut out).is_err()),
+            }
+        }
+    }
+}

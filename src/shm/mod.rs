@@ -1,0 +1,19 @@
+//! The only way to touch memory that another process may write.
+//!
+//! [`SharedMemory`] copies in and out and hands out atomics; it never makes a
+//! slice or a reference to plain data, since what another process stores at any
+//! moment would make that unsound. [`OwnedMemory`] is memory that nobody but
+//! this process can ever write, which the kernel's seals guarantee, and so is a
+//! plain slice. [`seqlock`] is the protocol by which copies of more than one
+//! word are told whole from torn.
+#[cfg(not(loom))]
+mod memory;
+#[cfg(not(loom))]
+mod owned;
+pub mod seqlock;
+pub mod sync;
+
+#[cfg(not(loom))]
+pub use memory::{SharedMemory, WriteError};
+#[cfg(not(loom))]
+pub use owned::OwnedMemory;

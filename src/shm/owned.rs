@@ -1,0 +1,110 @@
+//! A memfd that only this process can ever write.
+#![allow(unsafe_code, reason = "slices of memory that only this process writes")]
+
+use std::ops::{Deref, DerefMut};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use crate::sys::SysError;
+use crate::sys::map::{Access, Mapping};
+use crate::sys::memfd::{self, Seals};
+use crate::units::page_align_up;
+
+/// Memory whose only writer is this object, for ever; other processes map it
+/// for reading.
+///
+/// Invariant I1: the memory's one writable mapping is `mapping`. It was made
+/// before anybody else had the descriptor, and the seals added right after it
+/// (`FUTURE_WRITE | SHRINK | GROW | SEAL`) forbid another one, writing by
+/// system calls, punching holes and truncating, to all, for ever. The mapping is
+/// not inherited by `fork`.
+///
+/// So a plain slice is sound. Readers in other processes see stores as they come
+/// and need a [`super::seqlock`].
+#[derive(Debug)]
+pub struct OwnedMemory {
+    mapping: Mapping,
+    fd: OwnedFd,
+    len: usize,
+}
+
+impl OwnedMemory {
+    /// `len` zero bytes, of which none is allocated before it is touched. The
+    /// file and the mapping are rounded up to whole pages.
+    ///
+    /// # Errors
+    /// Whatever creating, mapping or sealing says; `EINVAL` if `len` is zero.
+    pub fn create(name: &str, len: u64) -> Result<OwnedMemory, SysError> {
+        let fd = memfd::create(name, page_align_up(len))?;
+        let mapping = Mapping::shared(&fd, len, Access::ReadWrite)?;
+        mapping.dont_fork()?;
+        let seals = Seals::FUTURE_WRITE | Seals::SHRINK | Seals::GROW | Seals::SEAL;
+        memfd::add_seals(&fd, seals)?;
+        Ok(OwnedMemory {
+            mapping,
+            fd,
+            len: len as usize,
+        })
+    }
+
+    /// The memfd, to pass to readers.
+    pub fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    /// The writable mapping, whole pages; for what has to know its address.
+    pub fn mapping(&self) -> &Mapping {
+        &self.mapping
+    }
+
+    /// Bytes that are allocated.
+    ///
+    /// # Errors
+    /// Whatever `fstat` says.
+    pub fn resident_bytes(&self) -> Result<u64, SysError> {
+        memfd::resident_bytes(&self.fd)
+    }
+}
+
+impl Deref for OwnedMemory {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        // SAFETY: required: `len` readable bytes that nobody changes while the
+        // slice lives. `len` <= the mapping's length; by I1 only this object
+        // writes, and it is borrowed.
+        unsafe { std::slice::from_raw_parts(self.mapping.as_ptr(), self.len) }
+    }
+}
+
+impl DerefMut for OwnedMemory {
+    fn deref_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as for `deref`, and the borrow is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.mapping.as_ptr(), self.len) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::PAGE_SIZE;
+
+    #[test]
+    fn only_its_maker_writes_it() {
+        let mut memory = OwnedMemory::create("owned", 3 * PAGE_SIZE + 1).expect("memory");
+        assert_eq!(memory.len() as u64, 3 * PAGE_SIZE + 1);
+        assert_eq!(memory.resident_bytes().expect("fstat"), 0);
+        let reader = Mapping::shared(memory.fd(), 4 * PAGE_SIZE, Access::ReadOnly).expect("map");
+        let reader = crate::shm::SharedMemory::new(reader);
+        memory[5] = 7;
+        memory[3 * PAGE_SIZE as usize] = 8;
+        assert_eq!(reader.load::<u8>(5), Ok(7));
+        assert_eq!(reader.load::<u8>(3 * PAGE_SIZE), Ok(8));
+        assert_eq!(memory.resident_bytes().expect("fstat"), 2 * PAGE_SIZE);
+        assert!(memfd::write_at(memory.fd(), &[1], 0).is_err());
+        assert!(Mapping::shared(memory.fd(), PAGE_SIZE, Access::ReadWrite).is_err());
+        let again = memfd::add_seals(memory.fd(), Seals::WRITE);
+        assert!(again.is_err(), "sealed for good");
+        assert_eq!(memfd::size(memory.fd()).expect("fstat"), 4 * PAGE_SIZE);
+        assert!(OwnedMemory::create("owned", 0).is_err());
+    }
+}
