@@ -65,6 +65,8 @@ pub mod shm;
 #[cfg(not(loom))]
 pub mod sys;
 #[cfg(not(loom))]
+pub mod track;
+#[cfg(not(loom))]
 pub mod units;
 #[cfg(not(loom))]
 pub mod words;

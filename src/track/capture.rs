@@ -1,0 +1,540 @@
+//! One capture: dirty pages -> byte diff against the twin -> extents.
+//!
+//! ```text
+//! async    scan and protect a span -> copy its written pages once -> diff -> twin
+//! manual   drained marks -> copy exactly those bytes -> twin
+//! compare  walk the file's data, and the twin's pages outside of it, -> diff -> twin
+//! ```
+//! A capture is advanced in steps of at most [`CAPTURE_STEP_PAGES`] pages, so that
+//! one region holds nobody up. While it is under way the twin is between epochs.
+//!
+//! - I1: a page is protected before it is copied, never after: a store that the
+//!   copy missed is reported again.
+//! - I2: the twin changes by what was copied once into a private buffer, so it
+//!   equals what is sent, byte for byte.
+//! - I3: a page taken from a scan stays on the work list until the twin has it:
+//!   its dirty bit is gone.
+//! - I4: no hole of the region is allocated by reading it.
+//!
+//! Failure: after any error of a scan the dirty bits of a part may be gone. The
+//! step answers [`Step::Lost`] and everything is compared by [`Capture::full`].
+//! What was moved into the twin until then is noted in the twin itself, so the
+//! capture that ends next reports it: no capture that is lost, or dropped and
+//! followed by a full one, loses an extent.
+
+use std::collections::VecDeque;
+use std::ops::Range;
+
+use super::attachment::{ARM_SPAN, ESRCH};
+use super::{
+    DIFF_GAP, ExtentSet, NoRoom, PAGE, PreImages, Source, TrackError, Tracker, Twin, WhenFull, diff,
+};
+use crate::limits::CAPTURE_STEP_PAGES;
+use crate::sys::pagemap::Then;
+use crate::units::{GIB, MIB, PAGE_SIZE, page_of, pages_for};
+
+/// Bytes copied at once: the copy, its twin and the diff stay in the first-level
+/// cache.
+const BATCH: usize = 4 * PAGE;
+/// Bytes looked at by one scan: 0.3 ms where nothing was written.
+const SCAN_SPAN: u64 = GIB;
+/// Ranges taken from one scan.
+const SCAN_RANGES: usize = 512;
+/// Clean pages that cost a scan as much as one copied page costs a capture.
+const SCANNED_PER_PAGE: u64 = SCAN_SPAN / PAGE_SIZE / CAPTURE_STEP_PAGES;
+/// Pages that arming one span counts for.
+const ARM_COST: u64 = 64;
+/// Bytes of a huge page.
+const HUGE_SPAN: u64 = 2 * MIB;
+/// Runs kept in a plain list before they are merged into the set.
+const RUNS_AT_ONCE: usize = 8192;
+
+/// What a capture found.
+#[derive(Debug)]
+pub struct Captured {
+    /// What changed, byte-exact until there is too much of it.
+    pub extents: ExtentSet,
+    /// Pages reported or marked as written; in comparisons, pages that differ.
+    pub dirty_pages: u64,
+    /// Bytes of all extents before any degrading.
+    pub changed_bytes: u64,
+    /// Pages looked at.
+    pub scanned_pages: u64,
+}
+
+/// Where a capture stands after a step.
+#[derive(Debug)]
+pub enum Step {
+    /// More is to be done.
+    More,
+    /// A page could not be put aside for an open update. Nothing is lost; go on
+    /// later, with [`WhenFull::Abort`] if it cannot wait.
+    NoRoom,
+    /// The twin is the new content.
+    Done(Captured),
+    /// Tracking was lost: start [`Capture::full`].
+    Lost(TrackError),
+}
+
+/// One capture in progress, advanced in bounded steps.
+///
+/// Memory: 16 bytes for each changed run up to the bound of [`ExtentSet`], then
+/// one bit per page, both in the twin; some hundred work items.
+#[derive(Debug)]
+pub struct Capture {
+    marks: VecDeque<Range<u64>>,
+    work: VecDeque<Range<u64>>,
+    phase: Phase,
+    buffer: Box<[u8; BATCH]>,
+    scratch: Vec<Range<u64>>,
+    /// Found in this step, ascending; noted in the twin when it ends.
+    runs: Vec<Range<u64>>,
+    dirty_pages: u64,
+    changed_bytes: u64,
+    scanned_pages: u64,
+}
+
+#[derive(Debug)]
+enum Phase {
+    Scan { at: u64 },
+    Compare(Walk),
+    Finished,
+}
+
+/// A comparison's place in the region.
+#[derive(Debug)]
+struct Walk {
+    at: u64,
+    /// Protected up to here, if it protects at all.
+    armed: Option<u64>,
+    /// The data run that `at` lies in or before; empty: to be asked for.
+    data: Range<u64>,
+}
+
+/// What one step works with.
+struct Turn<'a> {
+    tracker: &'a Tracker,
+    source: &'a Source,
+    twin: &'a mut Twin,
+    pre: &'a mut PreImages,
+    when_full: WhenFull,
+    left: u64,
+}
+
+enum Stop {
+    NoRoom,
+    Lost(TrackError),
+}
+
+impl From<NoRoom> for Stop {
+    fn from(_: NoRoom) -> Self {
+        Self::NoRoom
+    }
+}
+
+impl From<TrackError> for Stop {
+    fn from(error: TrackError) -> Self {
+        Self::Lost(error)
+    }
+}
+
+impl Capture {
+    /// A capture of what was written or marked since the last one. `marks` are
+    /// shipped as they are, whether or not their bytes changed; what lies beyond
+    /// the region is ignored.
+    pub fn dirty(tracker: &Tracker, mut marks: Vec<Range<u64>>) -> Self {
+        let phase = match tracker {
+            Tracker::Async { .. } => Phase::Scan { at: 0 },
+            Tracker::Manual { .. } => Phase::Finished,
+            Tracker::Compare { .. } => Phase::Compare(Walk::new(false)),
+        };
+        marks.retain(|mark| !mark.is_empty());
+        marks.sort_unstable_by_key(|mark| mark.start);
+        marks.dedup_by(|next, last| {
+            let joins = next.start <= last.end;
+            if joins {
+                last.end = last.end.max(next.end);
+            }
+            joins
+        });
+        Self::new(phase, marks.into())
+    }
+
+    /// A capture that trusts nothing: it protects everything again, where the tracker
+    /// protects, and compares all data of the file, and what the twin holds outside
+    /// of it, with the twin.
+    pub fn full() -> Self {
+        Self::new(Phase::Compare(Walk::new(true)), VecDeque::new())
+    }
+
+    fn new(phase: Phase, marks: VecDeque<Range<u64>>) -> Self {
+        Self {
+            marks,
+            work: VecDeque::new(),
+            phase,
+            buffer: Box::new([0; BATCH]),
+            scratch: Vec::new(),
+            runs: Vec::new(),
+            dirty_pages: 0,
+            changed_bytes: 0,
+            scanned_pages: 0,
+        }
+    }
+
+    /// Goes on for at most [`CAPTURE_STEP_PAGES`] pages.
+    pub fn step(
+        &mut self,
+        tracker: &mut Tracker,
+        source: &Source,
+        twin: &mut Twin,
+        pre: &mut PreImages,
+        when_full: WhenFull,
+    ) -> Step {
+        let mut turn = Turn {
+            tracker,
+            source,
+            twin,
+            pre,
+            when_full,
+            left: CAPTURE_STEP_PAGES,
+        };
+        let result = self.advance(&mut turn);
+        self.note(turn.twin);
+        match result {
+            Ok(false) => Step::More,
+            Ok(true) => Step::Done(Captured {
+                extents: twin.take_changed(),
+                dirty_pages: self.dirty_pages,
+                changed_bytes: self.changed_bytes,
+                scanned_pages: self.scanned_pages,
+            }),
+            Err(Stop::NoRoom) => Step::NoRoom,
+            Err(Stop::Lost(error)) => Step::Lost(error),
+        }
+    }
+
+    fn advance(&mut self, turn: &mut Turn<'_>) -> Result<bool, Stop> {
+        while turn.left > 0 {
+            if let Some(mark) = self.marks.pop_front() {
+                self.take_mark(turn, mark)?;
+            } else if let Some(range) = self.work.pop_front() {
+                self.take_work(turn, range)?;
+            } else {
+                match self.phase {
+                    Phase::Scan { at } => self.scan(turn, at)?,
+                    Phase::Compare(_) => self.compare(turn)?,
+                    Phase::Finished => return Ok(true),
+                }
+            }
+        }
+        Ok(false)
+    }
+
+    /// Ships up to a batch of a marked range as it is, and puts the rest back.
+    fn take_mark(&mut self, turn: &mut Turn<'_>, mark: Range<u64>) -> Result<(), Stop> {
+        let end = mark.end.min(turn.twin.size());
+        let mut at = mark.start;
+        if at >= end {
+            return Ok(());
+        }
+        let page = page_of(at);
+        let stop = end.min((page + 1) * PAGE_SIZE);
+        let piece = &mut self.buffer[..(stop - at) as usize];
+        // Only a page that the twin knows is known not to be a hole.
+        if turn.twin.touched().contains(page) {
+            turn.source.copy(at, piece)?;
+        } else {
+            turn.source.read(at, piece)?;
+        }
+        let within = (at % PAGE_SIZE) as usize;
+        let old = turn.twin.page(page);
+        if old[within..within + piece.len()] != *piece {
+            if let Err(full) = turn.pre.before_change(page, old, turn.when_full) {
+                self.marks.push_front(mark);
+                return Err(full.into());
+            }
+            turn.twin.write(at, piece);
+        }
+        let piece_len = stop - at;
+        self.found(at..stop, turn.twin);
+        self.changed_bytes += piece_len;
+        self.dirty_pages += 1;
+        self.scanned_pages += 1;
+        turn.left -= 1;
+        at = stop;
+        if at < end {
+            self.marks.push_front(at..end);
+        }
+        Ok(())
+    }
+
+    /// Captures up to a batch of written pages, and puts the rest back.
+    fn take_work(&mut self, turn: &mut Turn<'_>, range: Range<u64>) -> Result<(), Stop> {
+        let batch = (BATCH as u64).min(turn.left * PAGE_SIZE);
+        let end = range.end.min(range.start + batch);
+        if let Err(error) = turn.source.copy(range.start, self.slot(range.start..end)) {
+            self.work.push_front(range);
+            return Err(error.into());
+        }
+        let (done, result) = self.absorb(turn, range.start..end);
+        if done.stop < range.end {
+            self.work.push_front(done.stop..range.end);
+        }
+        self.dirty_pages += pages_for(done.stop - range.start);
+        result
+    }
+
+    fn slot(&mut self, bytes: Range<u64>) -> &mut [u8] {
+        &mut self.buffer[..(bytes.end - bytes.start) as usize]
+    }
+
+    /// Moves the buffer, which holds `bytes` of the region, into the twin page by page.
+    fn absorb(&mut self, turn: &mut Turn<'_>, bytes: Range<u64>) -> (Absorbed, Result<(), Stop>) {
+        let mut done = Absorbed {
+            stop: bytes.start,
+            changed: 0,
+        };
+        while done.stop < bytes.end {
+            let end = bytes.end.min(done.stop + PAGE_SIZE);
+            match self.absorb_page(turn, done.stop, (done.stop - bytes.start) as usize, end) {
+                Ok(changed) => done.changed += u64::from(changed),
+                Err(full) => return (done, Err(full.into())),
+            }
+            turn.left = turn.left.saturating_sub(1);
+            done.stop = end;
+        }
+        (done, Ok(()))
+    }
+
+    /// Whether the page at `at`, which stands at `place` in the buffer, had changed.
+    fn absorb_page(
+        &mut self,
+        turn: &mut Turn<'_>,
+        at: u64,
+        place: usize,
+        end: u64,
+    ) -> Result<bool, NoRoom> {
+        let page = page_of(at);
+        let new = &self.buffer[place..place + (end - at) as usize];
+        let old = turn.twin.page(page);
+        self.scratch.clear();
+        diff(old, new, at, DIFF_GAP, &mut self.scratch);
+        if self.scratch.is_empty() {
+            return Ok(false);
+        }
+        turn.pre.before_change(page, old, turn.when_full)?;
+        for run in &self.scratch {
+            let from = place + (run.start - at) as usize;
+            let to = place + (run.end - at) as usize;
+            turn.twin.write(run.start, &self.buffer[from..to]);
+            self.changed_bytes += run.end - run.start;
+        }
+        for index in 0..self.scratch.len() {
+            self.found(self.scratch[index].clone(), turn.twin);
+        }
+        Ok(true)
+    }
+
+    fn found(&mut self, run: Range<u64>, twin: &mut Twin) {
+        match self.runs.last_mut() {
+            Some(last) if last.end == run.start => last.end = run.end,
+            Some(last) if last.end > run.start => {
+                // Scanned pages after marks: a new ascending list.
+                self.note(twin);
+                self.runs.push(run);
+            }
+            _ => self.runs.push(run),
+        }
+        if self.runs.len() >= RUNS_AT_ONCE {
+            self.note(twin);
+        }
+    }
+
+    /// Moves the list of runs to where no failure can lose it.
+    fn note(&mut self, twin: &mut Twin) {
+        twin.note_changed(&self.runs);
+        self.runs.clear();
+    }
+
+    /// Scans and protects a span; what was written goes on the work list.
+    fn scan(&mut self, turn: &mut Turn<'_>, at: u64) -> Result<(), Stop> {
+        let attachment = turn.tracker.attachment().ok_or(TrackError::Incomplete)?;
+        let pagemap = attachment.pagemap.as_ref().ok_or(TrackError::Incomplete)?;
+        let size = turn.twin.size();
+        if attachment.len < size {
+            return Err(TrackError::Incomplete.into());
+        }
+        let end = attachment.len.min(at + SCAN_SPAN);
+        let base = attachment.base;
+        self.scratch.clear();
+        let walk_end = pagemap
+            .scan_written(
+                base + at,
+                base + end,
+                &mut self.scratch,
+                SCAN_RANGES,
+                turn.left,
+                Then::Protect,
+            )
+            .map_err(|source| match source.raw_os_error() {
+                Some(ESRCH) => TrackError::WriterExited,
+                _ => TrackError::Scan { offset: at, source },
+            })?;
+        let reached = walk_end.saturating_sub(base).min(end);
+        if reached <= at {
+            return Err(TrackError::NoProgress { offset: at }.into());
+        }
+        for range in &self.scratch {
+            let start = range.start.saturating_sub(base).max(at);
+            let stop = range.end.saturating_sub(base).min(reached).min(size);
+            if start < stop {
+                advise_huge(turn, start..stop)?;
+                self.work.push_back(start..stop);
+            }
+        }
+        let scanned = pages_for(reached - at);
+        self.scanned_pages += scanned;
+        turn.left = turn.left.saturating_sub(scanned / SCANNED_PER_PAGE);
+        self.phase = Phase::Scan { at: reached };
+        if reached >= attachment.len {
+            // A process that has exited may scan as clean.
+            if attachment.has_exited() {
+                return Err(TrackError::WriterExited.into());
+            }
+            self.phase = Phase::Finished;
+        }
+        Ok(())
+    }
+
+    /// Compares the next piece of the region with the twin.
+    fn compare(&mut self, turn: &mut Turn<'_>) -> Result<(), Stop> {
+        let Phase::Compare(walk) = &mut self.phase else {
+            return Ok(());
+        };
+        let size = turn.twin.size();
+        if walk.at >= size {
+            self.phase = Phase::Finished;
+            return Ok(());
+        }
+        let limit = walk.arm(turn)?.min(size);
+        let at = walk.at;
+        if walk.data.end <= at {
+            // Nothing behind is data: the hole goes on to the limit.
+            let data = turn.source.next_data(at)?.unwrap_or(limit..limit);
+            walk.data = data.start / PAGE_SIZE * PAGE_SIZE..data.end.max(data.start + 1);
+            walk.data.start = walk.data.start.clamp(at, limit);
+            walk.data.end = walk.data.end.clamp(walk.data.start, limit);
+            turn.twin.advise_huge(walk.data.clone());
+            turn.left -= 1;
+        }
+        if at < walk.data.start {
+            return self.compare_hole(turn, at);
+        }
+        if walk.data.is_empty() {
+            return Ok(());
+        }
+        let batch = (BATCH as u64).min(turn.left.max(1) * PAGE_SIZE);
+        let data_end = (pages_for(walk.data.end) * PAGE_SIZE).min(limit);
+        let end = data_end.min(at + batch);
+        turn.source.read(at, self.slot(at..end))?;
+        self.compare_with(turn, at..end)
+    }
+
+    /// Looks for pages that the twin still holds in a hole that begins at `at`.
+    fn compare_hole(&mut self, turn: &mut Turn<'_>, at: u64) -> Result<(), Stop> {
+        let Phase::Compare(walk) = &mut self.phase else {
+            return Ok(());
+        };
+        let hole_end = walk.data.start;
+        // No look beyond this piece: a large hole comes in many of them.
+        let pages = page_of(at)..pages_for(hole_end);
+        match turn.twin.touched().next_in(pages) {
+            Some(page) => {
+                let start = (page * PAGE_SIZE).max(at);
+                let end = (start + PAGE_SIZE).min(hole_end);
+                self.slot(start..end).fill(0);
+                self.compare_with(turn, start..end)
+            }
+            None => {
+                self.scanned_pages += pages_for(hole_end - at);
+                walk.at = hole_end;
+                Ok(())
+            }
+        }
+    }
+
+    /// Absorbs the buffer and moves the walk behind what was absorbed.
+    fn compare_with(&mut self, turn: &mut Turn<'_>, bytes: Range<u64>) -> Result<(), Stop> {
+        let (done, result) = self.absorb(turn, bytes.clone());
+        self.dirty_pages += done.changed;
+        self.scanned_pages += pages_for(done.stop - bytes.start);
+        if let Phase::Compare(walk) = &mut self.phase {
+            walk.at = done.stop;
+        }
+        result
+    }
+}
+
+/// Asks for huge pages of the twin where written pages begin to fill a span that is
+/// wholly data.
+fn advise_huge(turn: &Turn<'_>, written: Range<u64>) -> Result<(), TrackError> {
+    let mut start = written.start / HUGE_SPAN * HUGE_SPAN;
+    while start < written.end {
+        let end = start + HUGE_SPAN;
+        let touched = turn.twin.touched().next_in(page_of(start)..page_of(end));
+        if end <= turn.twin.size() && touched.is_none() {
+            let data = turn.source.next_data(start)?;
+            if data.is_some_and(|data| data.start == start && data.end >= end) {
+                turn.twin.advise_huge(start..end);
+            }
+        }
+        start = end;
+    }
+    Ok(())
+}
+
+/// How far a batch went into the twin.
+struct Absorbed {
+    /// Everything below is in the twin.
+    stop: u64,
+    /// Pages that differed.
+    changed: u64,
+}
+
+impl Walk {
+    fn new(arms: bool) -> Self {
+        Self {
+            at: 0,
+            armed: arms.then_some(0),
+            data: 0..0,
+        }
+    }
+
+    /// Protects on, if the walk has come to the end of what is protected; up to where
+    /// it may go.
+    fn arm(&mut self, turn: &mut Turn<'_>) -> Result<u64, TrackError> {
+        let (Some(armed), Some(attachment)) = (self.armed, turn.tracker.armable()) else {
+            self.armed = None;
+            return Ok(u64::MAX);
+        };
+        if armed > self.at {
+            return Ok(armed);
+        }
+        let len = ARM_SPAN.min(attachment.len.saturating_sub(armed));
+        match attachment.arm_range(armed, len) {
+            // Who has exited writes no more: the comparison is all that is left to do.
+            Err(TrackError::WriterExited) => {
+                self.armed = None;
+                Ok(u64::MAX)
+            }
+            Err(error) => Err(error),
+            Ok(()) => {
+                // What was a hole may have become data before it was protected.
+                self.data = 0..0;
+                self.armed = Some(armed + len);
+                turn.left = turn.left.saturating_sub(ARM_COST).max(1);
+                Ok(armed + len)
+            }
+        }
+    }
+}

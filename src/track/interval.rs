@@ -1,0 +1,76 @@
+//! The pause between two captures by timer.
+//!
+//! A scan costs the writer too (its page tables are locked meanwhile), so the
+//! pause adapts: short while changes are found, twice as long after each capture
+//! that found none, and never so short that captures take more than about a tenth
+//! of the time. The longest pause is the staleness limit and wins over all.
+
+/// Pauses between captures for each unit of time spent in one.
+const PAUSE_PER_COST: u64 = 9;
+
+/// An adaptive pause in microseconds, between two bounds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Interval {
+    min_us: u64,
+    max_us: u64,
+    current_us: u64,
+}
+
+impl Interval {
+    /// Starts at the shortest pause; a `max_us` below `min_us` counts as `min_us`.
+    pub fn new(min_us: u64, max_us: u64) -> Self {
+        Self {
+            min_us,
+            max_us: max_us.max(min_us),
+            current_us: min_us,
+        }
+    }
+
+    /// The pause until the next capture, after one that took `cost_us` and found
+    /// `dirty_pages`.
+    pub fn after_capture(&mut self, cost_us: u64, dirty_pages: u64) -> u64 {
+        let wanted = if dirty_pages > 0 {
+            self.min_us
+        } else {
+            self.current_us.saturating_mul(2).max(1)
+        };
+        self.current_us = wanted
+            .max(cost_us.saturating_mul(PAUSE_PER_COST))
+            .clamp(self.min_us, self.max_us);
+        self.current_us
+    }
+
+    /// The pause as last computed, in microseconds.
+    pub fn current(&self) -> u64 {
+        self.current_us
+    }
+
+    /// The shortest and the longest pause, in microseconds.
+    pub fn bounds(&self) -> (u64, u64) {
+        (self.min_us, self.max_us)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn idle_regions_are_looked_at_less_and_busy_ones_at_once() {
+        let mut interval = Interval::new(1_000, 20_000);
+        let idle: Vec<u64> = (0..6).map(|_| interval.after_capture(10, 0)).collect();
+        assert_eq!(idle, [2_000, 4_000, 8_000, 16_000, 20_000, 20_000]);
+        assert_eq!(interval.after_capture(10, 1), 1_000);
+        assert_eq!(interval.current(), 1_000);
+    }
+
+    #[test]
+    fn captures_take_a_tenth_of_the_time_at_most_but_staleness_wins() {
+        let mut interval = Interval::new(1_000, 20_000);
+        assert_eq!(interval.after_capture(500, 7), 4_500);
+        assert_eq!(interval.after_capture(u64::MAX, 7), 20_000);
+        let mut odd = Interval::new(0, 0);
+        assert_eq!(odd.after_capture(5, 0), 0);
+        assert_eq!(Interval::new(9, 3).bounds(), (9, 9));
+    }
+}

@@ -1,0 +1,183 @@
+//! Dirty tracking and capture: from a writer's stores to extents.
+//!
+//! ```text
+//! writer's mapping --scan and protect--> dirty pages --copy once--> buffer
+//!                                                                    | diff
+//!                  extents <--------------------------------------- twin
+//! ```
+//!
+//! The twin is the engine's private copy of the region as of the last epoch.
+//! Updates are built from the twin, never from live memory; what an open update
+//! still needs of an older epoch is kept in [`PreImages`].
+//!
+//! | mode | found by | promise |
+//! |---|---|---|
+//! | `async` | write-protection and scans of the page map | convergent; a cut at `commit()` |
+//! | `manual` | the writer's marks | convergent within the configured delay; a cut at `commit()` |
+//! | `compare` | comparing everything with the twin | convergent |
+
+mod attachment;
+mod capture;
+#[cfg(test)]
+mod capture_tests;
+mod diff;
+mod extents;
+mod interval;
+mod preimage;
+mod source;
+mod twin;
+
+pub use attachment::Attachment;
+pub use capture::{Capture, Captured, Step};
+pub use diff::{DIFF_GAP, diff};
+pub use extents::{Extent, ExtentSet};
+pub use interval::Interval;
+pub use preimage::{Full, NoRoom, PreImages, WhenFull};
+pub use source::Source;
+pub use twin::Twin;
+
+use crate::sys::SysError;
+use crate::units::{OutOfRange, PAGE_SIZE};
+use crate::words::Mode;
+
+/// Bytes of a page, for slices.
+const PAGE: usize = PAGE_SIZE as usize;
+
+/// Tracking that could not be set up, or that was lost.
+#[derive(Debug, thiserror::Error)]
+pub enum TrackError {
+    /// A descriptor could not be opened, registered or taken over.
+    #[error("setting up the tracking of a mapping")]
+    Open {
+        /// What the kernel said.
+        #[source]
+        source: SysError,
+    },
+    /// A descriptor that the mode needs is missing, or the mapping is too short.
+    #[error("the attachment lacks what its mode needs")]
+    Incomplete,
+    /// The address range of an attachment is not that of a mapping.
+    #[error("no mapping lies at address {base:#x} with {len} bytes")]
+    Range {
+        /// First address.
+        base: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// Write-protecting failed.
+    #[error("write-protecting {len} bytes at offset {offset}")]
+    Arm {
+        /// First byte within the region.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// What the kernel said.
+        #[source]
+        source: SysError,
+    },
+    /// A scan failed; the dirty bits of a part may be gone.
+    #[error("scanning for written pages from offset {offset}")]
+    Scan {
+        /// Where the scan began.
+        offset: u64,
+        /// What the kernel said.
+        #[source]
+        source: SysError,
+    },
+    /// A scan did not move on.
+    #[error("a scan for written pages stands still at offset {offset}")]
+    NoProgress {
+        /// Where it stands.
+        offset: u64,
+    },
+    /// The content could not be read.
+    #[error("reading {len} bytes at offset {offset} of a region")]
+    Read {
+        /// First byte.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// What the kernel said.
+        #[source]
+        source: SysError,
+    },
+    /// The mapping here is shorter than the region.
+    #[error(transparent)]
+    OutOfRange(#[from] OutOfRange),
+    /// The writing process has exited: what it stored last is found by comparing.
+    #[error("the writing process has exited")]
+    WriterExited,
+}
+
+/// How changes of one region are found.
+#[derive(Debug)]
+pub enum Tracker {
+    /// Asynchronous write-protection and page-map scans; marks are shipped too.
+    Async {
+        /// The writer's mapping.
+        attachment: Attachment,
+    },
+    /// Marks only.
+    Manual {
+        /// The writer's mapping, if the region has a writing process.
+        attachment: Option<Attachment>,
+    },
+    /// Everything compared with the twin.
+    Compare {
+        /// The writer's mapping, if the region has a writing process.
+        attachment: Option<Attachment>,
+    },
+}
+
+impl Tracker {
+    /// The tracker for `mode`.
+    ///
+    /// # Errors
+    /// [`TrackError::Incomplete`] if the mode needs an attachment, or descriptors of
+    /// it, that are missing.
+    pub fn new(mode: Mode, attachment: Option<Attachment>) -> Result<Self, TrackError> {
+        Ok(match mode {
+            Mode::Async => {
+                let attachment = attachment
+                    .filter(|it| it.uffd.is_some() && it.pagemap.is_some())
+                    .ok_or(TrackError::Incomplete)?;
+                Self::Async { attachment }
+            }
+            Mode::Manual => Self::Manual { attachment },
+            Mode::Compare => Self::Compare { attachment },
+        })
+    }
+
+    /// The mode it tracks in.
+    pub fn mode(&self) -> Mode {
+        match self {
+            Self::Async { .. } => Mode::Async,
+            Self::Manual { .. } => Mode::Manual,
+            Self::Compare { .. } => Mode::Compare,
+        }
+    }
+
+    /// The writer's mapping, if there is a writing process.
+    pub fn attachment(&self) -> Option<&Attachment> {
+        match self {
+            Self::Async { attachment } => Some(attachment),
+            Self::Manual { attachment } | Self::Compare { attachment } => attachment.as_ref(),
+        }
+    }
+
+    /// Gives the attachment up; what is left compares.
+    pub fn take_attachment(&mut self) -> Option<Attachment> {
+        match std::mem::replace(self, Self::Compare { attachment: None }) {
+            Self::Async { attachment } => Some(attachment),
+            Self::Manual { attachment } | Self::Compare { attachment } => attachment,
+        }
+    }
+
+    /// The mapping that is to be write-protected, in the mode that does so.
+    fn armable(&self) -> Option<&Attachment> {
+        match self {
+            Self::Async { attachment } => Some(attachment),
+            _ => None,
+        }
+    }
+}
