@@ -61,6 +61,8 @@ pub mod bitmap;
 pub mod checksum;
 #[cfg(not(loom))]
 pub mod limits;
+#[cfg(not(loom))]
+pub mod region;
 pub mod shm;
 #[cfg(not(loom))]
 pub mod sys;

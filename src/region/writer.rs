@@ -1,0 +1,397 @@
+//! The writer's side of a region.
+
+use std::ops::Range;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::control::check_size;
+use super::guard::{Committer, held};
+use super::layout::{ANSWER, ANSWERED, COMMIT_REQUEST};
+use super::pulse::Waited;
+use super::sparse::SparseData;
+use super::{
+    Control, Epoch, Identity, Pulse, RegionError, RegionKind, Typed, View, WriteGuard, sys,
+};
+use crate::shm::SharedMemory;
+use crate::sys::map::{Access, Mapping};
+use crate::sys::memfd::{self, Seals};
+use crate::sys::process::EventFd;
+use crate::units::{PAGE_SIZE, checked_range, page_align_up};
+use crate::words::{EpochKind, Generation, Mode, Publish, RegionId, RegionName};
+
+/// How a region is tracked and when its epochs are made.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RegionOptions {
+    /// How changes are found.
+    pub mode: Mode,
+    /// When epochs are made.
+    pub publish: Publish,
+}
+
+impl Default for RegionOptions {
+    /// Found by write-protection, published by timer.
+    fn default() -> Self {
+        Self {
+            mode: Mode::Async,
+            publish: Publish::Timer,
+        }
+    }
+}
+
+/// What a writer needs of the engine that follows its region.
+#[derive(Debug)]
+pub struct EngineLink {
+    /// Wakes the engine's loop.
+    pub doorbell: EventFd,
+    /// Tells whether the engine lives.
+    pub pulse: Pulse,
+}
+
+/// What a region and the epochs of its commits share.
+#[derive(Debug)]
+pub(super) struct Shared {
+    control: Control,
+    link: Mutex<Option<Arc<EngineLink>>>,
+}
+
+impl Shared {
+    pub(super) fn control(&self) -> &Control {
+        &self.control
+    }
+
+    pub(super) fn link(&self) -> Option<Arc<EngineLink>> {
+        let link = self.link.lock().unwrap_or_else(PoisonError::into_inner);
+        link.clone()
+    }
+}
+
+/// Memory that this process writes, and that an engine can follow.
+///
+/// Threads may store into it by any means: [`Region::write`], typed fields,
+/// [`Region::as_ptr`]. How the stores are found is the mode's matter. The memory
+/// is not inherited by `fork`, and nobody else can ever map it for writing.
+///
+/// Memory: the pages that were written, 132 KiB of control page as it is used, and
+/// one bit per page.
+#[derive(Debug)]
+pub struct Region {
+    shared: Arc<Shared>,
+    data: SparseData,
+    control_fd: OwnedFd,
+    options: RegionOptions,
+    /// Marks have one producer at a time.
+    marks: Mutex<()>,
+    instance: u64,
+}
+
+/// Tells region objects of this process apart.
+static NEXT_INSTANCE: AtomicU64 = AtomicU64::new(0);
+
+/// Bytes copied at once from an earlier life.
+const COPY_BYTES: usize = 64 * 1024;
+
+impl Region {
+    /// Makes a region of `size` zero bytes.
+    ///
+    /// # Errors
+    /// [`RegionError::Size`]; [`RegionError::Sys`] where the kernel refuses.
+    pub fn create(
+        name: &RegionName,
+        size: u64,
+        options: &RegionOptions,
+    ) -> Result<Self, RegionError> {
+        check_size(size)?;
+        let action = sys("creating a region");
+        let memfd_name = format!("uffd-sync:{name}");
+        let fd = memfd::create(&memfd_name, page_align_up(size)).map_err(&action)?;
+        let mapping = Mapping::shared(&fd, size, Access::ReadWrite).map_err(&action)?;
+        mapping.dont_fork().map_err(&action)?;
+        let seals = Seals::FUTURE_WRITE | Seals::SHRINK | Seals::GROW | Seals::SEAL;
+        memfd::add_seals(&fd, seals).map_err(&action)?;
+        let identity = Identity {
+            name: name.clone(),
+            id: RegionId::random(),
+            size,
+            kind: RegionKind::Source,
+        };
+        let (control, control_fd) = Control::create(&format!("{memfd_name}:control"), &identity)?;
+        Ok(Self {
+            shared: Arc::new(Shared {
+                control,
+                link: Mutex::new(None),
+            }),
+            data: SparseData::new(SharedMemory::new(mapping), fd, size),
+            control_fd,
+            options: *options,
+            marks: Mutex::new(()),
+            instance: NEXT_INSTANCE.fetch_add(1, Ordering::Relaxed),
+        })
+    }
+
+    /// Makes a region with the content of an earlier life's data, which may be open
+    /// for reading only. Holes and pages of zeros stay holes; what `old` has beyond
+    /// `size` is left out.
+    ///
+    /// # Errors
+    /// As for [`Region::create`], and if `old` cannot be read.
+    pub fn create_from(
+        name: &RegionName,
+        old: BorrowedFd<'_>,
+        size: u64,
+        options: &RegionOptions,
+    ) -> Result<Self, RegionError> {
+        let region = Self::create(name, size, options)?;
+        let action = sys("reading a region's earlier life");
+        let mut buffer = vec![0; COPY_BYTES];
+        let mut at = 0;
+        while at < size {
+            let Some(data) = memfd::next_data(old, at).map_err(&action)? else {
+                break;
+            };
+            let end = data.end.min(size);
+            at = data.start.max(at);
+            while at < end {
+                let len = (end - at).min(COPY_BYTES as u64) as usize;
+                let read = memfd::read_at(old, &mut buffer[..len], at).map_err(&action)?;
+                region.write_pages(at, &buffer[..read])?;
+                at += len as u64;
+            }
+        }
+        Ok(region)
+    }
+
+    /// Writes the pages of `bytes` that are not zero; data begins and ends at pages.
+    fn write_pages(&self, offset: u64, bytes: &[u8]) -> Result<(), RegionError> {
+        for (index, page) in bytes.chunks(PAGE_SIZE as usize).enumerate() {
+            if page.iter().any(|byte| *byte != 0) {
+                self.write(offset + index as u64 * PAGE_SIZE, page)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Its name.
+    pub fn name(&self) -> &RegionName {
+        &self.control().identity().name
+    }
+
+    /// Size in bytes.
+    pub fn size(&self) -> u64 {
+        self.data.size()
+    }
+
+    /// How it is tracked and published.
+    pub fn options(&self) -> &RegionOptions {
+        &self.options
+    }
+
+    /// The data memfd, to pass on. Nobody can write through it.
+    pub fn data_fd(&self) -> BorrowedFd<'_> {
+        self.data.fd().as_fd()
+    }
+
+    /// The control memfd, to pass to the engine.
+    pub fn control_fd(&self) -> BorrowedFd<'_> {
+        self.control_fd.as_fd()
+    }
+
+    /// This process's mapping of the data.
+    pub fn mapping(&self) -> &Arc<Mapping> {
+        self.memory().mapping()
+    }
+
+    /// The control page.
+    pub fn control(&self) -> &Control {
+        self.shared.control()
+    }
+
+    fn memory(&self) -> &SharedMemory {
+        self.data.memory().expect("a writer's region is mapped")
+    }
+
+    pub(super) fn instance(&self) -> u64 {
+        self.instance
+    }
+
+    /// Copies `out.len()` bytes at `offset`. Reading a hole does not allocate it.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`].
+    pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), RegionError> {
+        Ok(self.data.read(offset, out)?)
+    }
+
+    /// Stores `bytes` at `offset`. In mode `manual` they are to be marked as well.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`]; nothing is stored then.
+    pub fn write(&self, offset: u64, bytes: &[u8]) -> Result<(), RegionError> {
+        checked_range(offset, bytes.len() as u64, self.size())?;
+        Ok(self.memory().write(offset, bytes)?)
+    }
+
+    /// A copy of the `T` at `offset`.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`].
+    pub fn load<T: FromBytes>(&self, offset: u64) -> Result<T, RegionError> {
+        Ok(self.data.load(offset)?)
+    }
+
+    /// The field of type `T` at `offset`.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`] if it does not lie within the region.
+    pub fn typed<T>(&self, offset: u64) -> Result<Typed<'_, T>, RegionError>
+    where
+        T: FromBytes + IntoBytes + Immutable,
+    {
+        checked_range(offset, size_of::<T>() as u64, self.size())?;
+        Ok(Typed::new(self, offset))
+    }
+
+    /// A part of the region, for reading.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`] if `range` does not lie within the region.
+    pub fn view(&self, range: Range<u64>) -> Result<View<'_>, RegionError> {
+        let len = range.end.saturating_sub(range.start);
+        let range = checked_range(range.start, len, self.size())?;
+        Ok(View::new(&self.data, range))
+    }
+
+    /// The first byte, for those who know what they do: [`Region::size`] bytes are
+    /// valid while the region lives. Stores through it are tracked like all others.
+    pub fn as_ptr(&self) -> *mut u8 {
+        self.memory().as_ptr()
+    }
+
+    /// Says that `len` bytes at `offset` were changed: they are shipped as they are
+    /// when they are captured next. Costs two uncontended atomic operations and a
+    /// lock of this process; never waits for the engine. A burst beyond
+    /// [`MARK_RING_SLOTS`](crate::limits::MARK_RING_SLOTS) degrades to whole pages.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`].
+    pub fn mark_region_changed(&self, offset: u64, len: u64) -> Result<(), RegionError> {
+        let mark = checked_range(offset, len, self.size())?;
+        let _one = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
+        self.control().push_mark(mark);
+        Ok(())
+    }
+
+    /// Begins a group of stores that are to be in one epoch. Waits while a commit is
+    /// in progress.
+    ///
+    /// # Errors
+    /// [`RegionError::TooManyGuards`] beyond 65,534 at the same time.
+    pub fn write_guard(&self) -> Result<WriteGuard<'_>, RegionError> {
+        WriteGuard::take(self)
+    }
+
+    /// Makes an epoch of all that this thread has stored, and of what other threads
+    /// have, and answers once the content is copied (before it is sent).
+    ///
+    /// The epoch is a cut if every other writing thread is in `commit()` too or
+    /// outside of a guard. Guards are waited for during half of the deadline at most;
+    /// then the commit goes on, and the epoch says that it is convergent.
+    ///
+    /// # Errors
+    /// [`RegionError::EngineGone`] if no engine is connected or it died: commit again
+    /// once one is. [`RegionError::TimedOut`]; the epoch is made all the same, later.
+    /// [`RegionError::OwnGuard`] if this thread holds a guard of the region.
+    pub fn commit(&self, deadline: Duration) -> Result<Epoch, RegionError> {
+        if held(self.instance) > 0 {
+            return Err(RegionError::OwnGuard);
+        }
+        if self.shared.link().is_none_or(|it| !it.pulse.is_alive()) {
+            return Err(RegionError::EngineGone);
+        }
+        let committer = Committer::enter(self.control(), 1 << 16)?;
+        self.commit_as(committer, deadline)
+    }
+
+    pub(super) fn commit_as(
+        &self,
+        committer: Committer<'_>,
+        deadline: Duration,
+    ) -> Result<Epoch, RegionError> {
+        if held(self.instance) > 0 {
+            return Err(RegionError::OwnGuard);
+        }
+        let link = self.shared.link().ok_or(RegionError::EngineGone)?;
+        let begun = Instant::now();
+        committer.wait_for_guards(begun + deadline / 2)?;
+        let control = self.control();
+        let before = control.generation();
+        // SYNC(commit_request): publishes what was stored and marked before the commit;
+        // pairs with the load in `commit_pending`.
+        let requests = control.mem.atomic_u64(COMMIT_REQUEST);
+        let request = requests.fetch_add(1, Ordering::AcqRel) + 1;
+        link.doorbell.ring();
+        let answer = control.mem.atomic_u64(ANSWER);
+        loop {
+            // SYNC(commit_answer): pairs with the store in `answer_commit`.
+            let now = answer.load(Ordering::Acquire);
+            if now >= request {
+                // Of this answer or of a later one, which holds this commit too.
+                let answered = control.mem.atomic_u64(ANSWERED).load(Ordering::Relaxed);
+                // If a new life began meanwhile, the epoch may be of the old one.
+                let generation = if before.is_zero() {
+                    control.generation()
+                } else {
+                    before
+                };
+                return Ok(self.epoch(answered, generation));
+            }
+            let word = control.mem.atomic_u32(ANSWER);
+            match link
+                .pulse
+                .wait_with(word, now as u32, Some(begun + deadline))?
+            {
+                Waited::Look => {}
+                Waited::TimedOut => return Err(RegionError::TimedOut),
+                Waited::Gone if answer.load(Ordering::Acquire) >= request => {}
+                Waited::Gone => return Err(RegionError::EngineGone),
+            }
+        }
+    }
+
+    fn epoch(&self, answered: u64, generation: Generation) -> Epoch {
+        let kind = if answered & 1 == 1 {
+            EpochKind::Cut
+        } else {
+            EpochKind::Convergent
+        };
+        Epoch {
+            number: answered >> 1,
+            kind,
+            generation,
+            shared: Arc::clone(&self.shared),
+        }
+    }
+
+    /// From now on commits are answered by the engine behind `link`.
+    pub fn connect_engine(&self, link: EngineLink) {
+        let mut place = self
+            .shared
+            .link
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *place = Some(Arc::new(link));
+    }
+
+    /// From now on commits fail with [`RegionError::EngineGone`].
+    pub fn disconnect_engine(&self) {
+        let mut place = self
+            .shared
+            .link
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *place = None;
+    }
+}
