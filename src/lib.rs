@@ -71,4 +71,6 @@ pub mod track;
 #[cfg(not(loom))]
 pub mod units;
 #[cfg(not(loom))]
+pub mod wire;
+#[cfg(not(loom))]
 pub mod words;

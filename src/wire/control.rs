@@ -1,0 +1,471 @@
+//! Messages of the control socket: what programs and the command line ask of a
+//! node, and what it answers. Pure: values and their bytes, no socket.
+//!
+//! ```text
+//! 0        4           8            12
+//! | "UFC1" | json_len  | payload_len | json ... | payload ... |
+//!   magic    u32 LE      u32 LE
+//! ```
+//!
+//! One message is the 12-byte prefix, a JSON value and raw bytes; descriptors
+//! travel by `SCM_RIGHTS` with the first byte of the message. Each request is
+//! answered by one response, in order.
+//!
+//! I1. Both lengths are checked against `limits` before anything is reserved.
+//! I2. A message is handed out whole or not at all; what follows it stays buffered.
+
+use serde::{Deserialize, Serialize};
+
+use crate::limits;
+use crate::words::{Mode, Publish};
+
+/// First four bytes of every message.
+pub const MAGIC: [u8; 4] = *b"UFC1";
+/// Length of the prefix in front of the JSON, in bytes.
+pub const PREFIX_BYTES: usize = 12;
+/// Version of these messages; the node refuses others by name.
+pub const CONTROL_VERSION: u32 = 1;
+
+/// What a client asks for.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "op", rename_all = "snake_case", deny_unknown_fields)]
+pub enum Request {
+    /// First request on a connection.
+    Hello {
+        /// [`CONTROL_VERSION`] of the client.
+        version: u32,
+    },
+    /// The node's whole state: answered by [`Response::Status`].
+    Status,
+    /// Makes a region whose memory the node holds and writes: [`Response::Done`].
+    RegionCreate {
+        /// Name of the new region.
+        name: String,
+        /// Its size in bytes.
+        size: u64,
+        /// Whether other nodes may follow it.
+        shared: bool,
+    },
+    /// Writes the payload at `offset` of a region that the node holds: [`Response::Done`].
+    RegionWrite {
+        /// Name of the region.
+        name: String,
+        /// First byte written.
+        offset: u64,
+    },
+    /// Ends a region: [`Response::Done`].
+    RegionRemove {
+        /// Name of the region.
+        name: String,
+    },
+    /// Joins a region read-only; one descriptor goes along: the reader's hold page.
+    /// Answered by [`Response::Attached`].
+    Attach {
+        /// Name of the region.
+        name: String,
+    },
+    /// The memory of a region whose writer is gone, read-only, so that a new
+    /// writer can start from it: [`Response::PreviousLife`].
+    PreviousLife {
+        /// Name of the region.
+        name: String,
+    },
+    /// A writer hands its region's tracking over. Descriptors, in this order:
+    /// data, control, pidfd, and in `async` mode userfaultfd and pagemap.
+    /// Answered by [`Response::HandedOver`].
+    HandOver(HandOver),
+    /// Follows an existing file by comparing it; its descriptor goes along: [`Response::Done`].
+    TrackFile {
+        /// Name of the new region.
+        name: String,
+        /// Bytes of the file that are followed.
+        size: u64,
+        /// Whether other nodes may follow it.
+        shared: bool,
+    },
+    /// Follows a region of another node from now on: [`Response::Done`].
+    Follow {
+        /// `tcp://HOST:PORT/REGION[=LOCAL]`.
+        source: String,
+    },
+    /// Stops following into the local region `name`, which is removed: [`Response::Done`].
+    Unfollow {
+        /// Name of the local region.
+        name: String,
+    },
+}
+
+/// What a writer says of the region it hands over.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct HandOver {
+    /// Name of the region.
+    pub name: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// How changes are found.
+    pub mode: Mode,
+    /// When epochs are published.
+    pub publish: Publish,
+    /// Whether other nodes may follow it.
+    pub shared: bool,
+    /// Address of the mapping in the writer's process.
+    pub base: u64,
+    /// Shortest pause between timer captures, if not the node's own, in microseconds.
+    pub interval_min_us: Option<u64>,
+    /// Longest pause between timer captures, if not the node's own, in microseconds.
+    pub interval_max_us: Option<u64>,
+}
+
+/// What the node answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "is", rename_all = "snake_case")]
+pub enum Response {
+    /// Answer to [`Request::Hello`].
+    Welcome {
+        /// Version of the node's messages.
+        version: u32,
+        /// The node's name.
+        node: String,
+    },
+    /// The request was carried out.
+    Done,
+    /// Answer to [`Request::Status`].
+    Status(Box<NodeStatus>),
+    /// Answer to [`Request::Attach`]; descriptors: data, control, pulse, all read-only.
+    Attached {
+        /// What was joined.
+        region: Box<RegionStatus>,
+    },
+    /// Answer to [`Request::PreviousLife`]; descriptor: data, read-only.
+    PreviousLife {
+        /// Size in bytes.
+        size: u64,
+    },
+    /// Answer to [`Request::HandOver`]; descriptors: doorbell, pulse (read-only).
+    HandedOver {
+        /// Generation of this life, 32 hexadecimal digits.
+        generation: String,
+    },
+    /// The request was refused; nothing changed.
+    Refused {
+        /// What kind of refusal.
+        code: RefusalCode,
+        /// What was tried, what was wrong, what would be right.
+        message: String,
+    },
+}
+
+/// Kinds of refusal, for programs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum RefusalCode {
+    /// The request itself is wrong: name, size, range, descriptors.
+    Invalid,
+    /// No region of that name.
+    NotFound,
+    /// The name is taken, or its writer is alive.
+    Exists,
+    /// Not this region's owner.
+    Forbidden,
+    /// The region's kind does not allow it.
+    Unsupported,
+    /// A limit was reached.
+    Limit,
+    /// The node could not do it; the message says why.
+    Failed,
+    /// Versions differ.
+    Version,
+}
+
+/// Where a region's content comes from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Role {
+    /// Written by a process that handed its tracking over.
+    Tracked,
+    /// Written by the node itself, on request.
+    Held,
+    /// A file that is compared.
+    File,
+    /// A copy that follows a region of another node.
+    Replica,
+}
+
+/// One region in a status report.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RegionStatus {
+    /// Name on this node.
+    pub name: String,
+    /// Size in bytes.
+    pub size: u64,
+    /// Bytes of memory that its data takes.
+    pub resident_bytes: u64,
+    /// Bytes that the node keeps beside it: twin, pre-images, staged updates.
+    pub overhead_bytes: u64,
+    /// Where its content comes from.
+    pub role: Role,
+    /// `live`, `orphaned` (its writer is gone), or of replicas `connecting`,
+    /// `syncing`, `following`, `resyncing`.
+    pub state: String,
+    /// How changes are found; none for replicas.
+    pub mode: Option<Mode>,
+    /// When epochs are published; none for replicas.
+    pub publish: Option<Publish>,
+    /// Whether other nodes may follow it.
+    pub shared: bool,
+    /// User id of its owner.
+    pub owner_uid: u32,
+    /// Process that writes it.
+    pub writer_pid: Option<i32>,
+    /// Generation, 32 hexadecimal digits.
+    pub generation: String,
+    /// Last epoch.
+    pub epoch: u64,
+    /// Whether the last epoch is a cut.
+    pub cut: bool,
+    /// Captures made in this life.
+    pub captures: u64,
+    /// Bytes that all captures or applied updates changed.
+    pub bytes_changed: u64,
+    /// Dirty pages found per second, over the last seconds.
+    pub dirty_pages_per_s: f64,
+    /// Current pause between timer captures, in microseconds.
+    pub interval_us: u64,
+    /// Cost of the last capture, in microseconds.
+    pub capture_us: u64,
+    /// Whole comparisons made because tracking was lost, with the last reason.
+    pub full_compares: u64,
+    /// Why tracking was last lost.
+    pub last_loss: Option<String>,
+    /// Readers attached.
+    pub readers: u64,
+    /// Where a replica comes from.
+    pub source: Option<String>,
+    /// Who follows it.
+    pub replicas: Vec<ReplicaStatus>,
+    /// Of a replica: updates applied, ignored, dropped, and resyncs asked for.
+    pub applied: Option<AppliedStatus>,
+}
+
+/// What a replica has done with the updates it received.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AppliedStatus {
+    /// Updates applied.
+    pub applied: u64,
+    /// Updates ignored because they were known.
+    pub ignored: u64,
+    /// Updates dropped: gap, deadline, damage.
+    pub dropped: u64,
+    /// Resyncs asked for.
+    pub resyncs: u64,
+    /// Times that an apply waited for a reader's hold.
+    pub held: u64,
+}
+
+/// One follower of a region in a status report.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ReplicaStatus {
+    /// Name of the following node.
+    pub node: String,
+    /// `syncing`, `following`, `behind`, `away`.
+    pub state: String,
+    /// Last epoch it acknowledged.
+    pub acked_epoch: u64,
+    /// Epochs it is behind.
+    pub lag_epochs: u64,
+    /// Bytes not yet acknowledged.
+    pub pending_bytes: u64,
+    /// Bytes of updates sent, headers included.
+    pub bytes_sent: u64,
+    /// Updates sent.
+    pub updates_sent: u64,
+}
+
+/// A node in a status report.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct NodeStatus {
+    /// Name of the node.
+    pub node: String,
+    /// Version of the program.
+    pub version: String,
+    /// Its process.
+    pub pid: u32,
+    /// Random id of this run, 32 hexadecimal digits.
+    pub node_id: String,
+    /// Time since it started, in milliseconds.
+    pub uptime_ms: u64,
+    /// Address it listens on for followers, with the real port.
+    pub listen: Option<String>,
+    /// Memory of the process, in bytes.
+    pub rss_bytes: u64,
+    /// Open connections of all kinds.
+    pub connections: u64,
+    /// Bytes sent to other nodes.
+    pub bytes_sent: u64,
+    /// Bytes received from other nodes.
+    pub bytes_received: u64,
+    /// Longest turn of the loop since the last report, in microseconds.
+    pub longest_turn_us: u64,
+    /// Turns of the loop.
+    pub turns: u64,
+    /// Its regions, by name.
+    pub regions: Vec<RegionStatus>,
+}
+
+/// A message that could not be taken.
+#[derive(Debug, thiserror::Error)]
+pub enum ControlError {
+    /// The first bytes are something else.
+    #[error("not a control message: it starts with {found:02x?} instead of {MAGIC:02x?}")]
+    Magic {
+        /// What stood there.
+        found: [u8; 4],
+    },
+    /// A length is beyond its limit.
+    #[error("{part} of {len} bytes in a control message is over the limit of {limit}")]
+    TooLong {
+        /// `json` or `payload`.
+        part: &'static str,
+        /// Declared length.
+        len: u64,
+        /// Greatest length.
+        limit: u64,
+    },
+    /// The JSON is not a message.
+    #[error("a control message cannot be read")]
+    Json(#[from] serde_json::Error),
+}
+
+/// A message taken from the front of a buffer.
+#[derive(Debug, PartialEq)]
+pub struct Message<T> {
+    /// What it says.
+    pub body: T,
+    /// Raw bytes that go along.
+    pub payload: Vec<u8>,
+}
+
+/// The bytes of one message.
+///
+/// # Errors
+/// [`ControlError::TooLong`] if it is over the limits.
+pub fn encode<T: Serialize>(body: &T, payload: &[u8]) -> Result<Vec<u8>, ControlError> {
+    let json = serde_json::to_vec(body)?;
+    check_lengths(
+        json.len() as u64,
+        payload.len() as u64,
+        limits::MAX_CONTROL_ANSWER,
+    )?;
+    let mut bytes = Vec::with_capacity(PREFIX_BYTES + json.len() + payload.len());
+    bytes.extend_from_slice(&MAGIC);
+    bytes.extend_from_slice(&(json.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(&(payload.len() as u32).to_le_bytes());
+    bytes.extend_from_slice(&json);
+    bytes.extend_from_slice(payload);
+    Ok(bytes)
+}
+
+/// Takes one whole message from the front of `buffer`; none while it is incomplete.
+/// `max_json` is [`limits::MAX_CONTROL_REQUEST`] in the node, which trusts nobody,
+/// and [`limits::MAX_CONTROL_ANSWER`] in a client.
+///
+/// # Errors
+/// What makes the rest of the stream meaningless: the connection is to be closed,
+/// except after [`ControlError::Json`], where the message was taken off.
+pub fn decode<T: for<'a> Deserialize<'a>>(
+    buffer: &mut Vec<u8>,
+    max_json: u64,
+) -> Result<Option<Message<T>>, ControlError> {
+    let Some(prefix) = buffer.first_chunk::<PREFIX_BYTES>() else {
+        return Ok(None);
+    };
+    let [m0, m1, m2, m3, j0, j1, j2, j3, p0, p1, p2, p3] = *prefix;
+    if [m0, m1, m2, m3] != MAGIC {
+        return Err(ControlError::Magic {
+            found: [m0, m1, m2, m3],
+        });
+    }
+    let json_len = u32::from_le_bytes([j0, j1, j2, j3]);
+    let payload_len = u32::from_le_bytes([p0, p1, p2, p3]);
+    check_lengths(u64::from(json_len), u64::from(payload_len), max_json)?;
+    let json_end = PREFIX_BYTES + json_len as usize;
+    let end = json_end + payload_len as usize;
+    if buffer.len() < end {
+        return Ok(None);
+    }
+    let body = serde_json::from_slice(&buffer[PREFIX_BYTES..json_end]);
+    let payload = buffer[json_end..end].to_vec();
+    buffer.drain(..end);
+    Ok(Some(Message {
+        body: body?,
+        payload,
+    }))
+}
+
+fn check_lengths(json: u64, payload: u64, max_json: u64) -> Result<(), ControlError> {
+    let check = |part, len, limit| {
+        if len > limit {
+            Err(ControlError::TooLong { part, len, limit })
+        } else {
+            Ok(())
+        }
+    };
+    check("json", json, max_json)?;
+    check("payload", payload, limits::MAX_CONTROL_PAYLOAD)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    #[test]
+    fn messages_survive_any_cut_of_the_stream() {
+        let request = Request::RegionWrite {
+            name: "a".into(),
+            offset: 7,
+        };
+        let mut bytes = encode(&request, b"payload").unwrap();
+        bytes.extend(encode(&Request::Status, b"").unwrap());
+        let mut buffer = Vec::new();
+        let mut seen = Vec::new();
+        for byte in bytes {
+            buffer.push(byte);
+            while let Some(message) = decode::<Request>(&mut buffer, 1 << 16).unwrap() {
+                seen.push(message);
+            }
+        }
+        assert_eq!(seen.len(), 2);
+        assert_eq!(
+            seen[0],
+            Message {
+                body: request,
+                payload: b"payload".to_vec()
+            }
+        );
+        assert_eq!(seen[1].body, Request::Status);
+        assert!(buffer.is_empty());
+    }
+
+    #[test]
+    fn lengths_are_checked_before_anything_is_kept() {
+        let mut bytes = MAGIC.to_vec();
+        bytes.extend(u32::MAX.to_le_bytes());
+        bytes.extend(0u32.to_le_bytes());
+        assert!(matches!(
+            decode::<Request>(&mut bytes, 1 << 16),
+            Err(ControlError::TooLong { part: "json", .. })
+        ));
+    }
+
+    proptest! {
+        #[test]
+        fn arbitrary_bytes_never_panic(mut bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
+            if bytes.len() > 4 && bytes[0] % 2 == 0 {
+                bytes[..4].copy_from_slice(&MAGIC);
+            }
+            let _ = decode::<Request>(&mut bytes, 1 << 16);
+        }
+    }
+}
