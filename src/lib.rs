@@ -63,6 +63,8 @@ pub mod checksum;
 pub mod limits;
 #[cfg(not(loom))]
 pub mod region;
+#[cfg(not(loom))]
+pub mod replicate;
 pub mod shm;
 #[cfg(not(loom))]
 pub mod sys;
