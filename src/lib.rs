@@ -60,7 +60,13 @@ pub mod bitmap;
 #[cfg(not(loom))]
 pub mod checksum;
 #[cfg(not(loom))]
+pub mod client;
+#[cfg(not(loom))]
+pub mod engine;
+#[cfg(not(loom))]
 pub mod limits;
+#[cfg(not(loom))]
+pub mod node;
 #[cfg(not(loom))]
 pub mod region;
 #[cfg(not(loom))]

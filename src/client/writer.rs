@@ -1,0 +1,297 @@
+//! A region that this process writes, with its link to a node.
+//!
+//! ```text
+//!   stores --> mapping (write-protected) ............ scanned by the engine
+//!   commit --> control page, doorbell --> engine
+//!
+//!   link thread: waits on the control connection; when the engine dies it dials
+//!   again with growing pauses and hands the same descriptors over once more
+//! ```
+//!
+//! I1. Stores never wait for the node: it may be away, the writer goes on.
+//! I2. While the node is away `commit` says `EngineGone`; what was stored meanwhile
+//!     is found by the first capture after the next hand-over, which compares everything.
+
+use std::ops::Deref;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::{ClientError, Node};
+use crate::limits;
+use crate::region::{EngineLink, Pulse, Region, RegionOptions};
+use crate::sys::net;
+use crate::sys::process::EventFd;
+use crate::track::Attachment;
+use crate::wire::control::{HandOver, RefusalCode, Request, Response};
+use crate::words::{Mode, Publish, RegionName};
+
+/// How a writer's region is made and tracked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WriterOptions {
+    /// How changes are found. Default `async`.
+    pub mode: Mode,
+    /// When epochs are published. Default `timer`.
+    pub publish: Publish,
+    /// Whether other nodes may follow the region. Default true.
+    pub shared: bool,
+    /// Shortest pause between timer captures; the node's own if none.
+    pub interval_min: Option<Duration>,
+    /// Longest pause between timer captures, the staleness limit; the node's own if none.
+    pub interval_max: Option<Duration>,
+}
+
+impl Default for WriterOptions {
+    fn default() -> Self {
+        Self {
+            mode: Mode::Async,
+            publish: Publish::Timer,
+            shared: true,
+            interval_min: None,
+            interval_max: None,
+        }
+    }
+}
+
+/// A region that this process writes and a node follows.
+///
+/// It is a [`Region`]: stores through it, or through its pointer, are all it takes.
+/// Dropping it ends the region's life: the node ships what was stored last and keeps
+/// the content until a new writer takes the name over.
+#[derive(Debug)]
+pub struct Writer {
+    region: Arc<Region>,
+    resumed: bool,
+    link: Option<Link>,
+}
+
+#[derive(Debug)]
+struct Link {
+    stop: Arc<AtomicBool>,
+    bell: Arc<EventFd>,
+    thread: JoinHandle<()>,
+}
+
+impl Deref for Writer {
+    type Target = Region;
+
+    fn deref(&self) -> &Region {
+        &self.region
+    }
+}
+
+impl Writer {
+    /// Makes the region `name` of `size` bytes and hands its tracking to the node at
+    /// `socket`. If the node still has the content of an earlier writer of that name
+    /// and size who is gone, the region starts with it: [`Writer::is_resumed`].
+    ///
+    /// When the node dies the region goes on; a thread dials it until it is back.
+    ///
+    /// # Errors
+    /// If there is no node, the name is taken by a living writer, or this process
+    /// cannot track its stores; `uffd-sync doctor` says what the kernel lacks.
+    pub fn create(
+        socket: impl AsRef<Path>,
+        name: &str,
+        size: u64,
+        options: &WriterOptions,
+    ) -> Result<Self, ClientError> {
+        let path = socket.as_ref().to_owned();
+        let node = Node::connect(&path)?;
+        Self::create_on(node, Some(path), name, size, options)
+    }
+
+    /// The same over an existing connection, as to an engine inside this program;
+    /// if it is lost there is no way back.
+    ///
+    /// # Errors
+    /// As for [`Writer::create`].
+    pub fn create_over(
+        node: Node,
+        name: &str,
+        size: u64,
+        options: &WriterOptions,
+    ) -> Result<Self, ClientError> {
+        Self::create_on(node, None, name, size, options)
+    }
+
+    fn create_on(
+        mut node: Node,
+        path: Option<PathBuf>,
+        name: &str,
+        size: u64,
+        options: &WriterOptions,
+    ) -> Result<Self, ClientError> {
+        let name: RegionName = name.parse()?;
+        let region_options = RegionOptions {
+            mode: options.mode,
+            publish: options.publish,
+        };
+        let (region, resumed) = match earlier_content(&mut node, &name, size)? {
+            Some(old) => (
+                Region::create_from(&name, old.as_fd(), size, &region_options)?,
+                true,
+            ),
+            None => (Region::create(&name, size, &region_options)?, false),
+        };
+        let attachment = Attachment::for_region(region.mapping(), options.mode)?;
+        let region = Arc::new(region);
+        let offer = HandOver {
+            name: name.to_string(),
+            size,
+            mode: options.mode,
+            publish: options.publish,
+            shared: options.shared,
+            base: region.mapping().address(),
+            interval_min_us: options.interval_min.map(|pause| pause.as_micros() as u64),
+            interval_max_us: options.interval_max.map(|pause| pause.as_micros() as u64),
+        };
+        let hand = Hand {
+            region: Arc::clone(&region),
+            attachment,
+            offer,
+        };
+        hand.over(&mut node)?;
+        let link = Link::start(node, path, hand)?;
+        Ok(Self {
+            region,
+            resumed,
+            link: Some(link),
+        })
+    }
+
+    /// Whether the region began with the content of an earlier writer.
+    pub fn is_resumed(&self) -> bool {
+        self.resumed
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        if let Some(link) = self.link.take() {
+            link.stop.store(true, Ordering::Release);
+            link.bell.ring();
+            let _ = link.thread.join();
+        }
+    }
+}
+
+/// The memory of an earlier life, if the node has one of this size.
+fn earlier_content(
+    node: &mut Node,
+    name: &RegionName,
+    size: u64,
+) -> Result<Option<OwnedFd>, ClientError> {
+    let request = Request::PreviousLife {
+        name: name.to_string(),
+    };
+    match node.request(&request, &[], &[]) {
+        Ok(mut answer) => match answer.response {
+            Response::PreviousLife { size: old } if old == size => answer
+                .fds
+                .pop()
+                .map(Some)
+                .ok_or(ClientError::Descriptors { expected: 1 }),
+            Response::PreviousLife { size: old } => Err(ClientError::Size { old, new: size }),
+            other => Err(ClientError::unexpected("previous life", &other)),
+        },
+        Err(error) if error.refusal() == Some(RefusalCode::NotFound) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+/// Everything that a hand-over carries; kept so that it can be done again.
+struct Hand {
+    region: Arc<Region>,
+    attachment: Attachment,
+    offer: HandOver,
+}
+
+impl Hand {
+    fn over(&self, node: &mut Node) -> Result<(), ClientError> {
+        let mut fds: Vec<BorrowedFd<'_>> = vec![
+            self.region.data_fd(),
+            self.region.control_fd(),
+            self.attachment.pidfd.as_fd(),
+        ];
+        fds.extend(self.attachment.uffd.as_ref().map(AsFd::as_fd));
+        fds.extend(self.attachment.pagemap.as_ref().map(AsFd::as_fd));
+        let request = Request::HandOver(self.offer.clone());
+        let answer = node.request(&request, &[], &fds)?;
+        if !matches!(answer.response, Response::HandedOver { .. }) {
+            return Err(ClientError::unexpected("hand-over", &answer.response));
+        }
+        let [doorbell, pulse] = <[OwnedFd; 2]>::try_from(answer.fds)
+            .map_err(|_| ClientError::Descriptors { expected: 2 })?;
+        let doorbell = EventFd::from_fd(doorbell)?;
+        self.region.connect_engine(EngineLink {
+            doorbell,
+            pulse: Pulse::open(pulse)?,
+        });
+        Ok(())
+    }
+}
+
+impl Link {
+    fn start(node: Node, path: Option<PathBuf>, hand: Hand) -> Result<Self, ClientError> {
+        let stop = Arc::new(AtomicBool::new(false));
+        let bell = Arc::new(EventFd::new()?);
+        let (told, rung) = (Arc::clone(&stop), Arc::clone(&bell));
+        let body = move || watch(node, path.as_deref(), &hand, &told, &rung);
+        let thread = std::thread::Builder::new()
+            .name("uffd-sync-link".to_owned())
+            .spawn(body)
+            .map_err(ClientError::Thread)?;
+        Ok(Self { stop, bell, thread })
+    }
+}
+
+/// The link thread: ends when told, or when a lost node cannot be dialled.
+fn watch(mut node: Node, path: Option<&Path>, hand: &Hand, stop: &AtomicBool, bell: &EventFd) {
+    loop {
+        // The node never speaks first: the connection becomes readable at its end.
+        let ended = net::wait_readable(&[node.socket(), bell.as_fd()], None);
+        if stop.load(Ordering::Acquire) {
+            return;
+        }
+        if let Err(error) = ended {
+            tracing::error!(%error, "the link to the node is not watched any more");
+            return;
+        }
+        hand.region.disconnect_engine();
+        let Some(path) = path else { return };
+        tracing::warn!(
+            region = hand.offer.name,
+            "the node is gone; dialling until it is back"
+        );
+        match dial(path, hand, stop, bell) {
+            Some(next) => node = next,
+            None => return,
+        }
+    }
+}
+
+fn dial(path: &Path, hand: &Hand, stop: &AtomicBool, bell: &EventFd) -> Option<Node> {
+    let mut pause = Duration::from_millis(limits::RECONNECT_MIN_MS);
+    loop {
+        let _ = net::wait_readable(&[bell.as_fd()], Some(pause));
+        if stop.load(Ordering::Acquire) {
+            return None;
+        }
+        pause = (pause * 2).min(Duration::from_millis(limits::RECONNECT_MAX_MS));
+        let handed = Node::connect(path).and_then(|mut node| hand.over(&mut node).map(|()| node));
+        match handed {
+            Ok(node) => {
+                tracing::info!(region = hand.offer.name, "handed over again");
+                return Some(node);
+            }
+            Err(error @ ClientError::Refused { .. }) => {
+                tracing::error!(region = hand.offer.name, %error, "the node refuses the region");
+            }
+            Err(error) => tracing::debug!(%error, "the node is not back"),
+        }
+    }
+}

@@ -1,0 +1,193 @@
+//! Bytes of one connection to another node: frames in, frames out. Values; the
+//! loop moves the buffers in and out of the ring.
+//!
+//! Small frames are cut out of a window that one receive fills. The body of a
+//! large frame is received straight into the buffer that becomes the staged
+//! update, so bulk data is touched once by the kernel and once by the checksum.
+//!
+//! I1. While a receive is in flight the reader owns no buffer and gives no frame.
+//! I2. A body is reserved only after its length passed `parse_header`.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use crate::limits;
+use crate::sys::ring::SendBuf;
+use crate::wire::{HEADER_BYTES, Header, WireError, check_body, parse_header};
+
+/// Size of the window that small frames are cut from, in bytes.
+const WINDOW: usize = 64 * 1024;
+
+/// A header and its body, or what is wrong with the body.
+pub(crate) type Framed = (Header, Result<Vec<u8>, WireError>);
+
+/// Cuts a stream into frames.
+#[derive(Debug)]
+pub(crate) struct FrameReader {
+    window: Vec<u8>,
+    /// First byte of the window that was not taken yet.
+    start: usize,
+    body: Option<Partial>,
+}
+
+#[derive(Debug)]
+struct Partial {
+    header: Header,
+    bytes: Vec<u8>,
+}
+
+impl FrameReader {
+    pub(crate) fn new() -> Self {
+        Self {
+            window: Vec::with_capacity(WINDOW),
+            start: 0,
+            body: None,
+        }
+    }
+
+    /// Whether a frame's body has come in part.
+    pub(crate) fn inside_body(&self) -> bool {
+        self.body.is_some()
+    }
+
+    /// Whether the stream stands inside a frame: an end here is a cut.
+    pub(crate) fn inside_frame(&self) -> bool {
+        self.body.is_some() || self.start != self.window.len()
+    }
+
+    /// Takes the buffer that the next receive appends to, and the length up to which.
+    pub(crate) fn take_buffer(&mut self) -> (Vec<u8>, usize) {
+        if let Some(body) = &mut self.body {
+            let len = body.header.body_len as usize;
+            return (std::mem::take(&mut body.bytes), len);
+        }
+        self.window.drain(..self.start);
+        self.start = 0;
+        (std::mem::take(&mut self.window), WINDOW)
+    }
+
+    /// Gives the buffer back with what was received in it.
+    pub(crate) fn give_back(&mut self, buffer: Vec<u8>) {
+        match &mut self.body {
+            Some(body) => body.bytes = buffer,
+            None => self.window = buffer,
+        }
+    }
+
+    /// The next whole frame; its body, or why that is damaged, which leaves the rest
+    /// of the stream as good as it was.
+    ///
+    /// # Errors
+    /// What makes the rest of the stream meaningless.
+    pub(crate) fn next_frame(&mut self) -> Result<Option<Framed>, WireError> {
+        if self.body.is_none() {
+            let Some(raw) = self.window[self.start..].first_chunk::<HEADER_BYTES>() else {
+                return Ok(None);
+            };
+            let header = parse_header(raw)?;
+            self.start += HEADER_BYTES;
+            let len = header.body_len as usize;
+            let mut bytes = Vec::with_capacity(len);
+            let at_hand = len.min(self.window.len() - self.start);
+            bytes.extend_from_slice(&self.window[self.start..self.start + at_hand]);
+            self.start += at_hand;
+            self.body = Some(Partial { header, bytes });
+        }
+        match self.body.take() {
+            Some(body) if body.bytes.len() == body.header.body_len as usize => {
+                let whole = check_body(&body.header, &body.bytes).map(|()| body.bytes);
+                Ok(Some((body.header, whole)))
+            }
+            partial => {
+                self.body = partial;
+                Ok(None)
+            }
+        }
+    }
+}
+
+/// What waits to be sent on one connection, in order.
+#[derive(Debug, Default)]
+pub(crate) struct Outbox {
+    queue: VecDeque<SendBuf>,
+    bytes: usize,
+}
+
+/// Small frames are joined up to this length, in bytes, so that one send carries them.
+const JOIN: usize = 16 * 1024;
+
+impl Outbox {
+    /// Whether producers should go on.
+    pub(crate) fn has_room(&self) -> bool {
+        self.bytes < limits::MAX_SEND_QUEUE as usize
+    }
+
+    /// Whether answers pile up beyond what producers would ever queue.
+    pub(crate) fn is_flooded(&self) -> bool {
+        self.bytes > 2 * limits::MAX_SEND_QUEUE as usize
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.queue.is_empty()
+    }
+
+    pub(crate) fn push(&mut self, frame: Vec<u8>) {
+        self.bytes += frame.len();
+        match self.queue.back_mut() {
+            Some(SendBuf::Owned(last)) if last.len() + frame.len() <= JOIN => last.extend(frame),
+            _ => self.queue.push_back(SendBuf::Owned(frame)),
+        }
+    }
+
+    pub(crate) fn push_shared(&mut self, frame: Arc<[u8]>) {
+        self.bytes += frame.len();
+        self.queue.push_back(SendBuf::Shared(frame));
+    }
+
+    /// Takes what the next send carries.
+    pub(crate) fn take(&mut self) -> Option<SendBuf> {
+        let next = self.queue.pop_front()?;
+        self.bytes -= next.as_ref().len();
+        Some(next)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::wire::{FrameBuilder, Kind};
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn frames_survive_any_cut(
+            lens in proptest::collection::vec(0usize..100_000, 1..5),
+            cuts in proptest::collection::vec(1usize..70_000, 1..50),
+        ) {
+            let bodies: Vec<Vec<u8>> = lens.iter().map(|len| vec![*len as u8; *len]).collect();
+            let stream: Vec<u8> = bodies
+                .iter()
+                .flat_map(|body| {
+                    let mut frame = FrameBuilder::new(Kind::UpdateChunk, 0, 1, 1);
+                    frame.put(body);
+                    frame.finish()
+                })
+                .collect();
+            let mut reader = FrameReader::new();
+            let mut seen = Vec::new();
+            let (mut at, mut cut) = (0, cuts.iter().cycle());
+            while at < stream.len() {
+                let (mut buffer, upto) = reader.take_buffer();
+                let n = (*cut.next().unwrap()).min(upto - buffer.len()).min(stream.len() - at);
+                buffer.extend_from_slice(&stream[at..at + n]);
+                reader.give_back(buffer);
+                at += n;
+                while let Some((_, body)) = reader.next_frame().unwrap() {
+                    seen.push(body.unwrap());
+                }
+            }
+            prop_assert_eq!(seen, bodies);
+            prop_assert!(!reader.inside_frame());
+        }
+    }
+}

@@ -1,0 +1,102 @@
+//! One region as the loop keeps it: what it is, where its content comes from, who
+//! reads it and who follows it.
+
+use std::os::fd::OwnedFd;
+use std::time::Instant;
+
+use super::apply::Replica;
+use super::keys::Key;
+use super::tracked::Tracked;
+use crate::region::{Control, HoldPage};
+use crate::replicate::{Publication, ShipperId};
+use crate::shm::OwnedMemory;
+use crate::sys::SysError;
+use crate::sys::memfd;
+use crate::wire::control::Role;
+use crate::words::{EpochKind, Generation, RegionName};
+
+/// A region of this node.
+pub(super) struct RegionEntry {
+    pub(super) name: RegionName,
+    pub(super) size: u64,
+    pub(super) shared: bool,
+    pub(super) owner_uid: u32,
+    pub(super) generation: Generation,
+    pub(super) epoch: u64,
+    /// The epoch that this life began after.
+    pub(super) first_epoch: u64,
+    pub(super) kind: EpochKind,
+    pub(super) control: Control,
+    /// Read-only, for those who join.
+    pub(super) control_fd: OwnedFd,
+    pub(super) data_fd: OwnedFd,
+    pub(super) publication: Publication,
+    pub(super) followers: Vec<Follower>,
+    pub(super) readers: Vec<Reader>,
+    pub(super) body: Body,
+    pub(super) statistics: Statistics,
+    /// Whether it stands in the queue of regions with work.
+    pub(super) queued: bool,
+    /// Earliest timer set for it.
+    pub(super) timer: Option<Instant>,
+}
+
+/// A replica elsewhere, connected now.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Follower {
+    pub(super) peer: Key,
+    pub(super) shipper: ShipperId,
+}
+
+/// A process that joined read-only.
+pub(super) struct Reader {
+    pub(super) connection: Key,
+    pub(super) hold: HoldPage,
+    /// Since when its hold has been up, and whether its time is used up.
+    pub(super) held_since: Option<Instant>,
+}
+
+/// Where the content comes from.
+pub(super) enum Body {
+    /// A writer process, or a file.
+    Tracked(Box<Tracked>),
+    /// This node, on request.
+    Held(OwnedMemory),
+    /// A region of another node.
+    Replica(Box<Replica>),
+}
+
+/// Figures for `status`.
+#[derive(Debug, Default)]
+pub(super) struct Statistics {
+    pub(super) captures: u64,
+    pub(super) bytes_changed: u64,
+    pub(super) dirty_pages: u64,
+    /// Value of `dirty_pages` at the last sweep, and the rate since the one before.
+    pub(super) dirty_pages_swept: u64,
+    pub(super) dirty_pages_per_s: f64,
+    pub(super) capture_us: u64,
+    pub(super) full_compares: u64,
+    pub(super) last_loss: Option<String>,
+}
+
+impl RegionEntry {
+    pub(super) fn role(&self) -> Role {
+        match &self.body {
+            Body::Tracked(tracked) if tracked.is_file() => Role::File,
+            Body::Tracked(_) => Role::Tracked,
+            Body::Held(_) => Role::Held,
+            Body::Replica(_) => Role::Replica,
+        }
+    }
+
+    /// Bytes of memory that the data takes.
+    pub(super) fn resident_bytes(&self) -> Result<u64, SysError> {
+        memfd::resident_bytes(&self.data_fd)
+    }
+
+    /// Writes the acknowledged epochs where `wait_acked` looks for them.
+    pub(super) fn publish_acks(&self) {
+        self.control.set_acked(&self.publication.acked());
+    }
+}

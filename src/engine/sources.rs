@@ -1,0 +1,636 @@
+//! Regions that are written on this node: hand-over, captures, epochs, the writer's end.
+
+use std::ops::Range;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::keys::Key;
+use super::regions::{Body, RegionEntry};
+use super::requests::{
+    Call, NewEntry, Refusal, Reply, chain, check_size, duplicate, not_found, parse_name, read_only,
+};
+use super::timers::Timer;
+use super::tracked::{Finished, Progress, Start, Tracked};
+use super::{Engine, Token};
+use crate::limits;
+use crate::region::{Control, RegionKind};
+use crate::replicate::CaptureInfo;
+use crate::shm::SharedMemory;
+use crate::sys::map::{Access, Mapping};
+use crate::sys::memfd::{self, Seals};
+use crate::sys::process::{EventFd, realtime_ns};
+use crate::sys::ring::Op;
+use crate::track::{Attachment, ExtentSet, Interval, Source, Tracker, Twin, WhenFull};
+use crate::units::{PAGE_SIZE, page_of};
+use crate::wire::control::{HandOver, RefusalCode, Response};
+use crate::words::{EpochKind, Generation, Mode, Publish, RegionName};
+
+impl Engine {
+    /// Takes over the tracking of a writer's region.
+    pub(super) fn hand_over(&mut self, offer: HandOver, call: Call) -> Result<Reply, Refusal> {
+        let name = parse_name(&offer.name)?;
+        check_size(offer.size)?;
+        let earlier = self.earlier_life(&name, &call)?;
+        let parts = Parts::take(&offer, call.fds)?;
+        check_writer(&parts.attachment, call.peer.pid)?;
+        let control = open_control(&parts.control, offer.size)?;
+        let doorbell = EventFd::new().map_err(|e| Refusal::failed("cannot make a doorbell", &e))?;
+        let doorbell_fd = Arc::new(duplicate(&doorbell)?);
+        let fds = vec![duplicate(&doorbell)?, self.pulse_fd()?];
+        let data_fd = read_only(&parts.data)?;
+        let control_fd = read_only(&parts.control)?;
+        let mut tracked = self.tracked(&offer, parts.data, parts.attachment, earlier)?;
+        tracked.doorbell = Some((doorbell, doorbell_fd));
+        let generation = Generation::random();
+        let new = NewEntry {
+            name,
+            size: offer.size,
+            shared: offer.shared,
+            owner_uid: call.peer.uid,
+            generation,
+            kind: RegionKind::Source,
+            data_fd,
+            body: Body::Tracked(Box::new(tracked)),
+        };
+        if let Some(key) = earlier {
+            self.drop_region(key, "a new writer took over");
+        }
+        let entry = self.entry_around(new, control, control_fd);
+        let key = self.add_region(entry);
+        if let Some(connection) = self.controls.get_mut(call.connection) {
+            connection
+                .writes
+                .retain(|old| self.regions.get(*old).is_some());
+            connection.writes.push(key);
+        }
+        self.watch_writer(key);
+        self.make_runnable(key);
+        let generation = generation.to_string();
+        Ok(Reply::new(Response::HandedOver { generation }, fds))
+    }
+
+    /// What the loop keeps of a region that was handed over. The twin is that of its
+    /// earlier life, if there is one.
+    fn tracked(
+        &mut self,
+        offer: &HandOver,
+        data: OwnedFd,
+        attachment: Attachment,
+        earlier: Option<Key>,
+    ) -> Result<Tracked, Refusal> {
+        let memory = Mapping::shared(&data, offer.size, Access::ReadOnly)
+            .map_err(|error| Refusal::failed("cannot map the region", &error))?;
+        let writer_pid = attachment.pidfd.pid().ok();
+        let tracker = Tracker::new(offer.mode, Some(attachment))
+            .map_err(|e| Refusal::failed("tracking cannot be taken over", &e))?;
+        let own_bounds = (offer.interval_min_us, offer.interval_max_us);
+        let interval = self.interval_for(offer.mode, own_bounds);
+        let twin = match earlier.and_then(|key| self.take_twin(key, offer.size)) {
+            Some(twin) => twin,
+            None => {
+                Twin::new(offer.size).map_err(|e| Refusal::failed("no memory for the twin", &e))?
+            }
+        };
+        let source = Source::Mapped {
+            memory: SharedMemory::new(memory),
+            fd: data,
+        };
+        let start = Start {
+            twin,
+            tracker,
+            source,
+            writer_pid,
+            mode: offer.mode,
+            publish: offer.publish,
+            interval,
+            own_bounds,
+        };
+        Ok(Tracked::new(start, self.now))
+    }
+
+    /// The entry of that name if its writer is gone or is the caller itself.
+    fn earlier_life(&self, name: &RegionName, call: &Call) -> Result<Option<Key>, Refusal> {
+        if !self.names.contains_key(name) {
+            self.free_name(name.as_str())?;
+            return Ok(None);
+        }
+        let key = self.owned_region(name.as_str(), call)?;
+        let living = match self.regions.get(key).map(|entry| &entry.body) {
+            Some(Body::Tracked(tracked)) if !tracked.is_file() => tracked.living_writer(),
+            _ => {
+                return Err(Refusal::new(
+                    RefusalCode::Exists,
+                    format!("{name} exists and is not written by a program; choose another name"),
+                ));
+            }
+        };
+        match living {
+            Some(pid) if pid != call.peer.pid => Err(Refusal::new(
+                RefusalCode::Exists,
+                format!("process {pid} writes {name} already; a region has one writer"),
+            )),
+            _ => Ok(Some(key)),
+        }
+    }
+
+    /// The content that followers know, so that a new life ships only what differs.
+    fn take_twin(&mut self, key: Key, size: u64) -> Option<Twin> {
+        let entry = self.regions.get_mut(key)?;
+        match &mut entry.body {
+            Body::Tracked(tracked) if entry.size == size && !tracked.is_capturing() => {
+                let empty = Twin::new(size).ok()?;
+                Some(std::mem::replace(&mut tracked.twin, empty))
+            }
+            _ => None,
+        }
+    }
+
+    pub(super) fn previous_life(&mut self, name: &str, call: &Call) -> Result<Reply, Refusal> {
+        let key = self.owned_region(name, call)?;
+        let entry = self.regions.get(key).ok_or_else(|| not_found(name))?;
+        let Body::Tracked(tracked) = &entry.body else {
+            return Err(Refusal::new(
+                RefusalCode::Unsupported,
+                format!("{name} is not a region that a program writes"),
+            ));
+        };
+        if let Some(pid) = tracked.living_writer() {
+            return Err(Refusal::new(
+                RefusalCode::Exists,
+                format!("process {pid} writes {name} already; a region has one writer"),
+            ));
+        }
+        let fds = vec![duplicate(&entry.data_fd)?];
+        Ok(Reply::new(Response::PreviousLife { size: entry.size }, fds))
+    }
+
+    /// Follows an open file by comparing it.
+    pub(super) fn track_file(
+        &mut self,
+        name: &str,
+        size: u64,
+        shared: bool,
+        mut call: Call,
+    ) -> Result<(), Refusal> {
+        let name = self.free_name(name)?;
+        check_size(size)?;
+        let (Some(fd), true) = (call.fds.pop(), call.fds.is_empty()) else {
+            return Err(Refusal::invalid("one descriptor goes along: the file"));
+        };
+        let regular = memfd::is_regular_file(&fd);
+        if !regular.map_err(|e| Refusal::failed("cannot look at the file", &e))? {
+            return Err(Refusal::invalid(
+                "what is to be tracked is not a regular file",
+            ));
+        }
+        let data_fd = read_only(&fd)?;
+        let own_bounds = (None, None);
+        let tracked = Tracked::new(
+            Start {
+                twin: Twin::new(size).map_err(|e| Refusal::failed("no memory for the twin", &e))?,
+                tracker: Tracker::Compare { attachment: None },
+                source: Source::File { fd, size },
+                writer_pid: None,
+                mode: Mode::Compare,
+                publish: Publish::Timer,
+                interval: self.interval_for(Mode::Compare, own_bounds),
+                own_bounds,
+            },
+            self.now,
+        );
+        let entry = self.new_entry(NewEntry {
+            name,
+            size,
+            shared,
+            owner_uid: call.peer.uid,
+            generation: Generation::random(),
+            kind: RegionKind::Source,
+            data_fd,
+            body: Body::Tracked(Box::new(tracked)),
+        })?;
+        let key = self.add_region(entry);
+        self.make_runnable(key);
+        Ok(())
+    }
+
+    fn interval_for(&self, mode: Mode, own: (Option<u64>, Option<u64>)) -> Interval {
+        let tunables = &self.settings.tunables;
+        let max = match mode {
+            Mode::Manual => tunables.mark_max_delay.min(tunables.interval_max),
+            _ => tunables.interval_max,
+        };
+        let bounds = limits::PAUSE_FLOOR_US..=limits::PAUSE_CEILING_US;
+        let max = own.1.unwrap_or(max.as_micros() as u64);
+        let max = max.clamp(*bounds.start(), *bounds.end());
+        let min = own.0.unwrap_or(tunables.interval_min.as_micros() as u64);
+        Interval::new(min.clamp(*bounds.start(), max), max)
+    }
+
+    /// New bounds for all regions after a reload.
+    pub(super) fn retune(&mut self) {
+        for key in self.regions.keys() {
+            let bounds = match self.regions.get(key).map(|entry| &entry.body) {
+                Some(Body::Tracked(tracked)) => (tracked.mode, tracked.own_bounds),
+                _ => continue,
+            };
+            let interval = self.interval_for(bounds.0, bounds.1);
+            if let Some(RegionEntry {
+                body: Body::Tracked(tracked),
+                ..
+            }) = self.regions.get_mut(key)
+            {
+                tracked.interval = interval;
+            }
+        }
+    }
+
+    fn watch_writer(&mut self, key: Key) {
+        self.await_doorbell(key);
+        let Some(RegionEntry {
+            body: Body::Tracked(tracked),
+            ..
+        }) = self.regions.get(key)
+        else {
+            return;
+        };
+        let Some(pidfd) = tracked
+            .tracker
+            .attachment()
+            .and_then(|a| duplicate(&a.pidfd).ok())
+        else {
+            return;
+        };
+        let op = Op::Poll {
+            fd: Arc::new(pidfd),
+            writable: false,
+        };
+        if let Err(error) = self.ring.submit(Token::WriterExit(key).to_bits(), op) {
+            tracing::error!(%error, "a writer's end will only be noticed by its silence");
+        }
+    }
+
+    fn await_doorbell(&mut self, key: Key) {
+        let Some(RegionEntry {
+            body: Body::Tracked(tracked),
+            ..
+        }) = self.regions.get(key)
+        else {
+            return;
+        };
+        let Some((_, fd)) = &tracked.doorbell else {
+            return;
+        };
+        let op = Op::Poll {
+            fd: Arc::clone(fd),
+            writable: false,
+        };
+        if let Err(error) = self.ring.submit(Token::Doorbell(key).to_bits(), op) {
+            tracing::error!(%error, "a region's doorbell is not heard any more");
+        }
+    }
+
+    pub(super) fn doorbell_rang(&mut self, key: Key) {
+        if let Some(RegionEntry {
+            body: Body::Tracked(tracked),
+            ..
+        }) = self.regions.get_mut(key)
+            && let Some((doorbell, _)) = &tracked.doorbell
+        {
+            doorbell.drain();
+            // A commit does not wait behind other regions' background work, but takes
+            // turns with other commits.
+            if self.is_late() {
+                self.make_runnable(key);
+            } else {
+                self.work_on(key);
+            }
+            self.await_doorbell(key);
+        }
+    }
+
+    /// The last stores of a writer that is gone are still in the memory. Its end shows
+    /// by its exit, or by the end of the connection that it handed the region over on:
+    /// a program that drops its region unmaps it, and scans find nothing any more.
+    pub(super) fn writer_left(&mut self, key: Key, reason: &str) {
+        let now = self.now;
+        if let Some(entry) = self.regions.get_mut(key)
+            && let Body::Tracked(tracked) = &mut entry.body
+            && tracked.tracker.attachment().is_some()
+        {
+            tracing::info!(region = %entry.name, pid = tracked.writer_pid, reason, "writer is gone");
+            tracked.doorbell = None;
+            tracked.tracker = Tracker::Compare { attachment: None };
+            tracked.lose(reason, now);
+            self.ring.cancel(Token::Doorbell(key).to_bits());
+            self.ring.cancel(Token::WriterExit(key).to_bits());
+            self.make_runnable(key);
+        }
+    }
+
+    /// One slice of a region's work, whatever its kind.
+    pub(super) fn work_on(&mut self, key: Key) {
+        self.serve_followers(key);
+        match self.regions.get(key).map(|entry| &entry.body) {
+            Some(Body::Tracked(_)) => self.work_on_capture(key),
+            Some(Body::Replica(_)) => self.work_on_apply(key),
+            _ => {}
+        }
+    }
+
+    fn work_on_capture(&mut self, key: Key) {
+        let Some(entry) = self.regions.get_mut(key) else {
+            return;
+        };
+        let Body::Tracked(tracked) = &mut entry.body else {
+            return;
+        };
+        let budget = Duration::from_micros(limits::WORK_STEP_US);
+        let progress = tracked.work(
+            &entry.control,
+            entry.publication.pre_images(),
+            &mut entry.statistics,
+            self.now,
+            budget,
+        );
+        let shows_nothing = entry.epoch == entry.first_epoch;
+        entry
+            .publication
+            .set_busy(tracked.is_capturing() || shows_nothing);
+        match progress {
+            Progress::Idle => self.set_region_timer(key),
+            Progress::More => self.make_runnable(key),
+            Progress::Later(at) => self.set_timer(key, at),
+            Progress::Done(finished) => self.publish_capture(key, finished),
+        }
+    }
+
+    fn publish_capture(&mut self, key: Key, finished: Finished) {
+        let Some(entry) = self.regions.get_mut(key) else {
+            return;
+        };
+        let Body::Tracked(tracked) = &mut entry.body else {
+            return;
+        };
+        let Finished {
+            captured,
+            kind,
+            request,
+            source_time_ns,
+            cost,
+        } = finished;
+        let statistics = &mut entry.statistics;
+        statistics.captures += 1;
+        statistics.bytes_changed += captured.changed_bytes;
+        statistics.dirty_pages += captured.dirty_pages;
+        statistics.capture_us = cost.as_micros() as u64;
+        // An epoch says more than the last one if bytes changed, or if it is a cut
+        // and the last was not.
+        let news = !captured.extents.is_empty()
+            || entry.epoch == entry.first_epoch
+            || (kind == EpochKind::Cut && entry.kind != EpochKind::Cut);
+        if news {
+            entry.epoch += 1;
+            entry.kind = kind;
+            let info = CaptureInfo {
+                epoch: entry.epoch,
+                kind,
+                source_time_ns,
+            };
+            entry.control.publish_begin();
+            let watched = !entry.readers.is_empty();
+            entry
+                .control
+                .publish(entry.epoch, kind, source_time_ns, watched);
+            entry
+                .publication
+                .captured(info, &captured.extents, &tracked.twin);
+        }
+        tracked.schedule(cost, captured.dirty_pages, Instant::now());
+        // Without news too: what was asked for while the capture went on waits.
+        self.pump_followers(key);
+        if let Some(request) = request {
+            // What was captured leaves before the writer is woken: on a busy machine
+            // its wake-up would delay the replica's.
+            if news && let Err(error) = self.ring.enter(Some(Duration::ZERO)) {
+                tracing::error!(%error, "the ring does not take submissions");
+            }
+            if let Some(entry) = self.regions.get_mut(key) {
+                entry
+                    .control
+                    .answer_commit(request, entry.epoch, entry.kind);
+            }
+        }
+        let again = self
+            .regions
+            .get(key)
+            .is_some_and(|e| e.control.commit_pending().is_some());
+        if again {
+            self.make_runnable(key);
+        } else {
+            self.set_region_timer(key);
+        }
+    }
+
+    /// Writes into a region that this node holds, as one epoch.
+    pub(super) fn apply_held(&mut self, key: Key, range: Range<u64>, bytes: &[u8]) {
+        let Some(entry) = self.regions.get_mut(key) else {
+            return;
+        };
+        let Body::Held(memory) = &mut entry.body else {
+            return;
+        };
+        if range.is_empty() {
+            return;
+        }
+        let pre = entry.publication.pre_images();
+        save_pages(pre, memory, range.clone());
+        entry.control.publish_begin();
+        memory[range.start as usize..range.end as usize].copy_from_slice(bytes);
+        entry.epoch += 1;
+        entry.kind = EpochKind::Cut;
+        let source_time_ns = realtime_ns();
+        let watched = !entry.readers.is_empty();
+        entry
+            .control
+            .publish(entry.epoch, EpochKind::Cut, source_time_ns, watched);
+        let mut extents = ExtentSet::new(entry.size);
+        extents.insert(range);
+        entry.statistics.captures += 1;
+        entry.statistics.bytes_changed += extents.bytes();
+        let info = CaptureInfo {
+            epoch: entry.epoch,
+            kind: EpochKind::Cut,
+            source_time_ns,
+        };
+        entry.publication.captured(info, &extents, memory);
+        self.pump_followers(key);
+    }
+
+    fn set_region_timer(&mut self, key: Key) {
+        if let Some(RegionEntry {
+            body: Body::Tracked(tracked),
+            ..
+        }) = self.regions.get(key)
+            && let Some(due) = tracked.due
+        {
+            self.set_timer(key, due);
+        }
+    }
+
+    /// Makes sure that the region is looked at by `at`.
+    pub(super) fn set_timer(&mut self, key: Key, at: Instant) {
+        if let Some(entry) = self.regions.get_mut(key)
+            && entry.timer.is_none_or(|set| at < set)
+        {
+            entry.timer = Some(at);
+            self.timers.set(at, Timer::Region(key));
+        }
+    }
+
+    pub(super) fn region_timer(&mut self, key: Key) {
+        if let Some(entry) = self.regions.get_mut(key) {
+            entry.timer = None;
+            self.make_runnable(key);
+        }
+    }
+
+    /// What writers stored last is captured before the node ends.
+    pub(super) fn capture_everything(&mut self) {
+        for key in self.regions.keys() {
+            if let Some(RegionEntry {
+                body: Body::Tracked(tracked),
+                ..
+            }) = self.regions.get_mut(key)
+                && tracked.publish == Publish::Timer
+            {
+                tracked.due = Some(self.now);
+                self.make_runnable(key);
+            }
+        }
+    }
+
+    pub(super) fn drop_region(&mut self, key: Key, reason: &str) {
+        let Some(entry) = self.regions.remove(key) else {
+            return;
+        };
+        self.names.remove(&entry.name);
+        tracing::info!(region = %entry.name, reason, "region ended");
+        entry.control.retire();
+        self.ring.cancel(Token::Doorbell(key).to_bits());
+        self.ring.cancel(Token::WriterExit(key).to_bits());
+        for follower in &entry.followers {
+            self.close_peer(follower.peer, reason);
+        }
+        if let Body::Replica(replica) = &entry.body
+            && let Some(peer) = replica.peer
+        {
+            self.close_peer(peer, reason);
+        }
+    }
+}
+
+/// Saves the old content of the pages of `range` for updates still being sent.
+pub(super) fn save_pages(pre: &mut crate::track::PreImages, content: &[u8], range: Range<u64>) {
+    if pre.is_idle() || range.is_empty() {
+        return;
+    }
+    for page in page_of(range.start)..=page_of(range.end - 1) {
+        let start = (page * PAGE_SIZE) as usize;
+        let end = content.len().min(start + PAGE_SIZE as usize);
+        // Writes that are answered never wait: the slowest update starts again instead.
+        let _ = pre.before_change(page, &content[start..end], WhenFull::Abort);
+    }
+}
+
+/// The descriptors of a hand-over, each of the kind it has to be.
+struct Parts {
+    data: OwnedFd,
+    control: OwnedFd,
+    attachment: Attachment,
+}
+
+impl Parts {
+    fn take(offer: &HandOver, fds: Vec<OwnedFd>) -> Result<Self, Refusal> {
+        let expected = if offer.mode == Mode::Async { 5 } else { 3 };
+        if fds.len() != expected {
+            return Err(Refusal::invalid(format!(
+                "a hand-over in mode {} carries {expected} descriptors, not {}",
+                offer.mode,
+                fds.len()
+            )));
+        }
+        let mut fds = fds.into_iter();
+        let mut next = || {
+            fds.next()
+                .ok_or_else(|| Refusal::invalid("a descriptor is missing"))
+        };
+        let (data, control, pidfd) = (next()?, next()?, next()?);
+        check_data(&data, offer.size)?;
+        let (uffd, pagemap) = match offer.mode {
+            Mode::Async => (Some(next()?), Some(next()?)),
+            _ => (None, None),
+        };
+        let (base, size) = (offer.base, offer.size);
+        let attachment = Attachment::from_parts(offer.mode, uffd, pagemap, pidfd, base, size)
+            .map_err(|e| {
+                Refusal::invalid(format!("tracking cannot be taken over: {}", chain(&e)))
+            })?;
+        Ok(Self {
+            data,
+            control,
+            attachment,
+        })
+    }
+}
+
+/// Whoever hands a region over writes it: another process's end would not be noticed.
+fn check_writer(attachment: &Attachment, peer: i32) -> Result<(), Refusal> {
+    let pid = attachment
+        .pidfd
+        .pid()
+        .map_err(|e| Refusal::failed("cannot read the pidfd", &e))?;
+    // The kernel says 0 of a process in another namespace.
+    if peer != 0 && pid != peer {
+        return Err(Refusal::invalid(format!(
+            "the pidfd is of process {pid}, the request of process {peer}; \
+             a writer hands its own region over"
+        )));
+    }
+    Ok(())
+}
+
+/// The control page that a writer passed, if it is one of a region of `size` bytes.
+fn open_control(fd: &OwnedFd, size: u64) -> Result<Control, Refusal> {
+    let control = Control::open(fd, Access::ReadWrite).map_err(|error| {
+        Refusal::invalid(format!("the control page is not one: {}", chain(&error)))
+    })?;
+    let identity = control.identity();
+    if identity.size != size || identity.kind != RegionKind::Source {
+        return Err(Refusal::invalid(format!(
+            "the control page tells of {} bytes, the request of {size}",
+            identity.size
+        )));
+    }
+    Ok(control)
+}
+
+/// A data memfd that cannot shrink under the engine and that nobody else can write.
+fn check_data(data: &OwnedFd, size: u64) -> Result<(), Refusal> {
+    let seals = memfd::seals(data).map_err(|e| {
+        Refusal::invalid(format!("the first descriptor is no memfd: {}", chain(&e)))
+    })?;
+    let needed = Seals::SHRINK | Seals::FUTURE_WRITE | Seals::SEAL;
+    if !seals.contains(needed) {
+        return Err(Refusal::invalid(format!(
+            "the data memfd has seals {seals:?}; it needs {needed:?}"
+        )));
+    }
+    let real = memfd::size(data).map_err(|e| Refusal::failed("cannot look at the memfd", &e))?;
+    if real < size {
+        return Err(Refusal::invalid(format!(
+            "the data memfd has {real} bytes, not {size}"
+        )));
+    }
+    Ok(())
+}

@@ -1,0 +1,148 @@
+//! What `status` shows of a loop, and what is done once a second.
+
+use std::time::Duration;
+
+use super::Engine;
+use super::keys::Key;
+use super::regions::{Body, RegionEntry};
+use crate::replicate::ShipperStatus;
+use crate::sys::process::rss_bytes;
+use crate::wire::control::{NodeStatus, RegionStatus, ReplicaStatus};
+use crate::words::{EpochKind, Generation};
+
+impl Engine {
+    pub(super) fn status(&mut self) -> NodeStatus {
+        let mut regions: Vec<RegionStatus> = self
+            .regions
+            .iter()
+            .map(|(_, entry)| entry.status())
+            .collect();
+        regions.sort_by(|a, b| a.name.cmp(&b.name));
+        NodeStatus {
+            node: self.settings.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            node_id: Generation(u128::from_le_bytes(self.node_id)).to_string(),
+            uptime_ms: self.started.elapsed().as_millis() as u64,
+            listen: self.listen.map(|addr| addr.to_string()),
+            rss_bytes: rss_bytes(),
+            connections: (self.controls.len() + self.peers.len()) as u64,
+            bytes_sent: self.counters.bytes_sent,
+            bytes_received: self.counters.bytes_received,
+            longest_turn_us: std::mem::take(&mut self.counters.longest_turn).as_micros() as u64,
+            turns: self.counters.turns,
+            regions,
+        }
+    }
+
+    pub(super) fn region_status(&self, key: Key) -> Option<RegionStatus> {
+        self.regions.get(key).map(RegionEntry::status)
+    }
+
+    /// Rates, and replicas that stay away too long.
+    pub(super) fn sweep(&mut self) {
+        for key in self.regions.keys() {
+            let Some(entry) = self.regions.get_mut(key) else {
+                continue;
+            };
+            let statistics = &mut entry.statistics;
+            let found = statistics.dirty_pages - statistics.dirty_pages_swept;
+            statistics.dirty_pages_swept = statistics.dirty_pages;
+            // A few seconds' mean: half of it is the last second.
+            statistics.dirty_pages_per_s = (statistics.dirty_pages_per_s + found as f64) / 2.0;
+            entry.publication.forget(self.now);
+        }
+    }
+
+    /// Whether everything captured has been acknowledged by every follower.
+    pub(super) fn drained(&self) -> bool {
+        let settled = self.regions.iter().all(|(_, entry)| {
+            let capturing = match &entry.body {
+                Body::Tracked(tracked) => {
+                    tracked.is_capturing() || tracked.due.is_some_and(|due| due <= self.now)
+                }
+                _ => false,
+            };
+            !capturing
+                && entry.followers.iter().all(|follower| {
+                    let status = entry.publication.status(follower.shipper);
+                    status.is_none_or(|status| status.lag == 0)
+                })
+        });
+        settled && self.runnable.is_empty() && self.peers.iter().all(|(_, peer)| !peer.is_sending())
+    }
+}
+
+impl RegionEntry {
+    pub(super) fn status(&self) -> RegionStatus {
+        let pre_images = self.publication.pre_image_bytes();
+        let (state, mode, publish, overhead, writer_pid) = match &self.body {
+            Body::Tracked(tracked) => {
+                let alive = tracked.is_file() || tracked.tracker.attachment().is_some();
+                let state = if alive { "live" } else { "orphaned" };
+                let twin = tracked.twin.resident_bytes();
+                let pid = tracked.tracker.attachment().and(tracked.writer_pid);
+                (state, Some(tracked.mode), Some(tracked.publish), twin, pid)
+            }
+            Body::Held(_) => ("live", None, None, 0, None),
+            Body::Replica(replica) => (
+                replica.state(),
+                None,
+                None,
+                replica.applier.staged_bytes(),
+                None,
+            ),
+        };
+        let interval = match &self.body {
+            Body::Tracked(tracked) => Duration::from_micros(tracked.interval.current()),
+            _ => Duration::ZERO,
+        };
+        let (source, applied) = match &self.body {
+            Body::Replica(replica) => (Some(replica.spec.to_string()), Some(replica.counts())),
+            _ => (None, None),
+        };
+        let replicas = self
+            .publication
+            .ids()
+            .filter_map(|id| self.publication.status(id));
+        RegionStatus {
+            name: self.name.to_string(),
+            size: self.size,
+            resident_bytes: self.resident_bytes().unwrap_or(0),
+            overhead_bytes: overhead + pre_images,
+            role: self.role(),
+            state: state.to_owned(),
+            mode,
+            publish,
+            shared: self.shared,
+            owner_uid: self.owner_uid,
+            writer_pid,
+            generation: self.generation.to_string(),
+            epoch: self.epoch,
+            cut: self.kind == EpochKind::Cut,
+            captures: self.statistics.captures,
+            bytes_changed: self.statistics.bytes_changed,
+            dirty_pages_per_s: self.statistics.dirty_pages_per_s,
+            interval_us: interval.as_micros() as u64,
+            capture_us: self.statistics.capture_us,
+            full_compares: self.statistics.full_compares,
+            last_loss: self.statistics.last_loss.clone(),
+            readers: self.readers.len() as u64,
+            source,
+            replicas: replicas.map(replica_status).collect(),
+            applied,
+        }
+    }
+}
+
+fn replica_status(status: ShipperStatus) -> ReplicaStatus {
+    ReplicaStatus {
+        node: status.replica.name,
+        state: status.state.as_str().to_owned(),
+        acked_epoch: status.acked.unwrap_or(0),
+        lag_epochs: status.lag,
+        pending_bytes: status.pending_bytes,
+        bytes_sent: status.bytes_sent,
+        updates_sent: status.updates_sent,
+    }
+}

@@ -1,0 +1,309 @@
+//! A region that a writer process (or a file) changes: its twin, its capture in
+//! progress and when the next one is due. A value: the loop gives it time.
+//!
+//! ```text
+//!             timer, doorbell, marks                    all steps done
+//!   idle ------------------------------> capturing ------------------> epoch
+//!                                           |  ^
+//!                        no room for        |  | up to 100 ms later, or at once
+//!                        pre-images         v  | for a commit: drop a pin
+//!                                        put off
+//! ```
+//!
+//! I1. A commit is answered only by a capture that began after its request was seen.
+//! I2. An epoch is a cut only if no thread was inside a guard before and after the
+//!     capture, none entered in between, and the commit that asked for it still waits.
+//! I3. When tracking was lost for any reason the next capture compares everything.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::regions::Statistics;
+use crate::limits;
+use crate::region::{Control, GuardState};
+use crate::sys::process::{EventFd, realtime_ns};
+use crate::track::{
+    Capture, Captured, ExtentSet, Interval, PreImages, Source, Step, Tracker, Twin, WhenFull,
+};
+use crate::units::PAGE_SIZE;
+use crate::words::{EpochKind, Mode, Publish};
+
+/// Everything the loop keeps of a tracked region beside its entry.
+pub(super) struct Tracked {
+    pub(super) twin: Twin,
+    pub(super) tracker: Tracker,
+    pub(super) source: Source,
+    pub(super) doorbell: Option<(EventFd, Arc<std::os::fd::OwnedFd>)>,
+    pub(super) writer_pid: Option<i32>,
+    pub(super) mode: Mode,
+    pub(super) publish: Publish,
+    pub(super) interval: Interval,
+    /// Bounds that the writer asked for, in microseconds.
+    pub(super) own_bounds: (Option<u64>, Option<u64>),
+    /// Where the audit of the mapping goes on, in bytes.
+    pub(super) audited: u64,
+    capture: Option<Running>,
+    /// Why the next capture has to compare everything.
+    lost: Option<String>,
+    /// When the next timer capture is due; none where only commits publish.
+    pub(super) due: Option<Instant>,
+}
+
+struct Running {
+    capture: Capture,
+    commit: Option<CommitSeen>,
+    source_time_ns: u64,
+    cost: Duration,
+    put_off_since: Option<Instant>,
+    /// Whether tracking was lost in this capture already.
+    lost: bool,
+}
+
+/// A commit request and the guard's state when the capture for it began.
+#[derive(Clone, Copy)]
+struct CommitSeen {
+    request: u64,
+    guard: GuardState,
+}
+
+/// What came of working on a capture.
+pub(super) enum Progress {
+    /// Nothing is in progress.
+    Idle,
+    /// Call again in the next turn.
+    More,
+    /// Call again at that time.
+    Later(Instant),
+    /// A capture is complete.
+    Done(Finished),
+}
+
+/// A complete capture, not yet published.
+pub(super) struct Finished {
+    pub(super) captured: Captured,
+    pub(super) kind: EpochKind,
+    /// The request that it answers.
+    pub(super) request: Option<u64>,
+    pub(super) source_time_ns: u64,
+    pub(super) cost: Duration,
+}
+
+/// What a tracked region starts with.
+pub(super) struct Start {
+    pub(super) twin: Twin,
+    pub(super) tracker: Tracker,
+    pub(super) source: Source,
+    pub(super) writer_pid: Option<i32>,
+    pub(super) mode: Mode,
+    pub(super) publish: Publish,
+    pub(super) interval: Interval,
+    pub(super) own_bounds: (Option<u64>, Option<u64>),
+}
+
+impl Tracked {
+    pub(super) fn new(start: Start, now: Instant) -> Self {
+        let Start {
+            twin,
+            tracker,
+            source,
+            writer_pid,
+            mode,
+            publish,
+            ..
+        } = start;
+        Self {
+            twin,
+            tracker,
+            source,
+            doorbell: None,
+            writer_pid,
+            mode,
+            publish,
+            interval: start.interval,
+            own_bounds: start.own_bounds,
+            audited: 0,
+            capture: None,
+            // The first capture reads everything that is there.
+            lost: Some("first capture".to_owned()),
+            due: Some(now),
+        }
+    }
+
+    pub(super) fn is_file(&self) -> bool {
+        matches!(self.source, Source::File { .. })
+    }
+
+    /// The pages that the twin holds anything in.
+    pub(super) fn present(&self) -> ExtentSet {
+        let size = self.twin.size();
+        let mut present = ExtentSet::new(size);
+        for pages in self.twin.touched().runs() {
+            present.insert(pages.start * PAGE_SIZE..(pages.end * PAGE_SIZE).min(size));
+        }
+        present
+    }
+
+    pub(super) fn is_capturing(&self) -> bool {
+        self.capture.is_some()
+    }
+
+    /// The writer's process id while it lives.
+    pub(super) fn living_writer(&self) -> Option<i32> {
+        let attachment = self.tracker.attachment()?;
+        if attachment.has_exited() {
+            None
+        } else {
+            self.writer_pid
+        }
+    }
+
+    /// From now on the next capture compares everything.
+    pub(super) fn lose(&mut self, reason: impl Into<String>, now: Instant) {
+        self.lost = Some(reason.into());
+        self.due = Some(now);
+    }
+
+    /// Whether a capture is wanted at `now`.
+    fn wanted(&self, control: &Control, now: Instant) -> bool {
+        control.commit_pending().is_some() || self.due.is_some_and(|due| due <= now)
+    }
+
+    /// Works on the region for at most `budget`.
+    pub(super) fn work(
+        &mut self,
+        control: &Control,
+        pre: &mut PreImages,
+        statistics: &mut Statistics,
+        now: Instant,
+        budget: Duration,
+    ) -> Progress {
+        if self.capture.is_none() {
+            if !self.wanted(control, now) {
+                return Progress::Idle;
+            }
+            self.begin(control, statistics);
+        }
+        let started = Instant::now();
+        let outcome = self.steps(control, pre, statistics, now, started + budget);
+        if let Some(running) = &mut self.capture {
+            running.cost += started.elapsed();
+        }
+        match outcome {
+            Some(Step::Done(captured)) => match self.capture.take() {
+                Some(running) => Progress::Done(self.finish(running, captured, control)),
+                None => Progress::Idle,
+            },
+            Some(Step::NoRoom) => Progress::Later(now + Duration::from_millis(2)),
+            _ => Progress::More,
+        }
+    }
+
+    fn begin(&mut self, control: &Control, statistics: &mut Statistics) {
+        let seen = |request| CommitSeen {
+            request,
+            guard: control.guard_state(),
+        };
+        let commit = control.commit_pending().map(seen);
+        let mut marks = Vec::new();
+        control.drain_marks(&mut marks, self.twin.len() as u64);
+        let capture = match self.lost.take() {
+            Some(reason) => {
+                if statistics.captures > 0 {
+                    statistics.full_compares += 1;
+                    statistics.last_loss = Some(reason);
+                }
+                Capture::full()
+            }
+            None => Capture::dirty(&self.tracker, marks),
+        };
+        self.due = None;
+        self.capture = Some(Running {
+            capture,
+            commit,
+            source_time_ns: realtime_ns(),
+            cost: Duration::ZERO,
+            put_off_since: None,
+            lost: false,
+        });
+    }
+
+    /// Steps until the capture is done, has no room, or the time is over (none).
+    fn steps(
+        &mut self,
+        control: &Control,
+        pre: &mut PreImages,
+        statistics: &mut Statistics,
+        now: Instant,
+        end: Instant,
+    ) -> Option<Step> {
+        let bound = Duration::from_millis(limits::CAPTURE_POSTPONE_MS);
+        loop {
+            let running = self.capture.as_mut()?;
+            let waited = running
+                .put_off_since
+                .is_some_and(|since| now - since >= bound);
+            let urgent = waited || running.commit.is_some() || control.commit_pending().is_some();
+            let when_full = if urgent {
+                WhenFull::Abort
+            } else {
+                WhenFull::PutOff
+            };
+            let step = running.capture.step(
+                &mut self.tracker,
+                &self.source,
+                &mut self.twin,
+                pre,
+                when_full,
+            );
+            match step {
+                Step::More if Instant::now() < end => {}
+                Step::More => return None,
+                Step::NoRoom => {
+                    running.put_off_since.get_or_insert(now);
+                    return Some(Step::NoRoom);
+                }
+                Step::Lost(error) => {
+                    tracing::warn!(error = super::requests::chain(&error), "tracking lost");
+                    statistics.full_compares += 1;
+                    statistics.last_loss = Some(super::requests::chain(&error));
+                    // What cannot be armed again is compared from now on.
+                    if std::mem::replace(&mut running.lost, true) {
+                        self.tracker = Tracker::Compare {
+                            attachment: self.tracker.take_attachment(),
+                        };
+                    }
+                    running.capture = Capture::full();
+                }
+                done => return Some(done),
+            }
+        }
+    }
+
+    fn finish(&mut self, running: Running, captured: Captured, control: &Control) -> Finished {
+        let still_quiet = running
+            .commit
+            .is_some_and(|seen| seen.guard.is_cut(&control.guard_state()));
+        Finished {
+            kind: if still_quiet {
+                EpochKind::Cut
+            } else {
+                EpochKind::Convergent
+            },
+            request: running.commit.map(|seen| seen.request),
+            source_time_ns: running.source_time_ns,
+            cost: running.cost,
+            captured,
+        }
+    }
+
+    /// Plans the next timer capture after one that found `dirty_pages`.
+    pub(super) fn schedule(&mut self, cost: Duration, dirty_pages: u64, now: Instant) {
+        let cost_us = u64::try_from(cost.as_micros()).unwrap_or(u64::MAX);
+        let pause = self.interval.after_capture(cost_us, dirty_pages);
+        let stands_still = self.tracker.attachment().is_none() && !self.is_file();
+        let by_timer = self.publish == Publish::Timer && !stands_still;
+        if self.due.is_none() && by_timer {
+            self.due = Some(now + Duration::from_micros(pause));
+        }
+    }
+}

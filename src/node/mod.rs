@@ -1,0 +1,248 @@
+//! A node: configuration, the engine on a thread of its own, metrics.
+//!
+//! `uffd-sync serve` runs one for a host; a program can run one inside itself, on a
+//! thread, without any socket file:
+//!
+//! ```no_run
+//! use std::time::Duration;
+//! use uffd_sync::client::{self, Writer, WriterOptions};
+//! use uffd_sync::node::{Node, NodeConfig};
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let node = Node::embedded(&NodeConfig::default())?;
+//! let connection = client::Node::from_socket(node.connect()?)?;
+//! let region = Writer::create_over(connection, "prices", 1 << 20, &WriterOptions::default())?;
+//! region.write(0, b"stored, found, shipped")?;
+//! region.commit(Duration::from_secs(1))?;
+//! drop(region);
+//! node.stop()?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod config;
+mod metrics;
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+pub use config::{ConfigError, ConfigSource, Differences, NodeConfig, NodeFlags, default_socket};
+pub use metrics::MetricsError;
+
+use crate::engine::{CommandError, Commands, Engine, EngineError, Reloader, Settings, Tunables};
+use crate::limits;
+use crate::sys::{SysError, net, process};
+
+/// Why a node could not start or go on.
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    /// The configuration is not one.
+    #[error("the configuration cannot be used")]
+    Config(#[from] ConfigError),
+    /// The engine could not start, or its ring failed.
+    #[error("the node cannot run")]
+    Engine(#[from] EngineError),
+    /// The engine takes no commands.
+    #[error("the engine cannot be reached")]
+    Command(#[from] CommandError),
+    /// A socket pair or a thread is not to be had.
+    #[error("the system refuses what a node needs")]
+    System(#[from] SysError),
+    /// No thread for the engine.
+    #[error("cannot start the engine's thread")]
+    Thread(#[source] std::io::Error),
+    /// The metrics cannot be served.
+    #[error("the metrics cannot be served")]
+    Metrics(#[from] MetricsError),
+    /// The engine's thread panicked.
+    #[error("the engine's thread ended by a panic")]
+    Panicked,
+}
+
+/// A node inside this program: an engine on a thread of its own.
+///
+/// Dropping it stops the engine after it drained, for at most
+/// [`crate::limits::DRAIN_DEADLINE_MS`].
+#[derive(Debug)]
+pub struct Node {
+    commands: Commands,
+    listen: Option<SocketAddr>,
+    thread: Option<JoinHandle<Result<(), EngineError>>>,
+    metrics: Option<metrics::Server>,
+}
+
+impl Node {
+    /// Starts a node that serves its control socket and whatever else `config` names.
+    ///
+    /// # Errors
+    /// What of it is not to be had; nothing is left running then.
+    pub fn start(config: &NodeConfig) -> Result<Self, NodeError> {
+        Self::spawn(config, settings(config, true))
+    }
+
+    /// Starts a node without a control socket: only [`Node::connect`] reaches it.
+    ///
+    /// # Errors
+    /// What of it is not to be had; nothing is left running then.
+    pub fn embedded(config: &NodeConfig) -> Result<Self, NodeError> {
+        Self::spawn(config, settings(config, false))
+    }
+
+    fn spawn(config: &NodeConfig, settings: Settings) -> Result<Self, NodeError> {
+        config.validate()?;
+        let commands = Commands::new()?;
+        let for_engine = commands.clone();
+        let (told, started) = mpsc::sync_channel(1);
+        // The ring belongs to the thread that made it.
+        let body = move || match Engine::new(settings, for_engine, None) {
+            Ok(engine) => {
+                let _ = told.send(Ok(engine.listen_address()));
+                engine.run()
+            }
+            Err(error) => {
+                let _ = told.send(Err(error));
+                Ok(())
+            }
+        };
+        let builder = std::thread::Builder::new().name("uffd-sync".to_owned());
+        let thread = builder.spawn(body).map_err(NodeError::Thread)?;
+        let listen = started.recv().map_err(|_| NodeError::Panicked)??;
+        let metrics = metrics::serve(config.metrics, &commands);
+        let mut node = Self {
+            commands,
+            listen,
+            thread: Some(thread),
+            metrics: None,
+        };
+        // On failure the drop of `node` ends the engine.
+        node.metrics = metrics?;
+        Ok(node)
+    }
+
+    /// A socket connected to the node's control interface.
+    ///
+    /// # Errors
+    /// If no socket pair is to be had or the engine is too far behind.
+    pub fn connect(&self) -> Result<OwnedFd, NodeError> {
+        let (ours, engines) = net::unix_pair()?;
+        self.commands.adopt(engines)?;
+        Ok(ours)
+    }
+
+    /// The address that followers connect to, with the real port.
+    pub fn listen_address(&self) -> Option<SocketAddr> {
+        self.listen
+    }
+
+    /// Drains and stops.
+    ///
+    /// # Errors
+    /// What ended the engine, if it was not this.
+    pub fn stop(mut self) -> Result<(), NodeError> {
+        self.end()
+    }
+
+    fn end(&mut self) -> Result<(), NodeError> {
+        self.metrics = None;
+        let Some(thread) = self.thread.take() else {
+            return Ok(());
+        };
+        // An engine that takes no commands any more has ended by itself.
+        while let Err(CommandError::Full) = self.commands.stop() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        thread
+            .join()
+            .map_err(|_| NodeError::Panicked)?
+            .map_err(NodeError::Engine)
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        if let Err(error) = self.end() {
+            tracing::error!(%error, "the engine ended badly");
+        }
+    }
+}
+
+/// Runs a node on this thread until `SIGTERM` or `SIGINT`; `SIGHUP` loads the
+/// configuration again and takes over what can change. `ready` is called once
+/// everything listens, with the address for followers.
+///
+/// # Errors
+/// What could not start, or what ended the engine.
+pub fn serve(
+    source: &ConfigSource,
+    ready: impl FnOnce(&NodeConfig, Option<SocketAddr>),
+    reload_log: impl Fn(&str) + Send + 'static,
+) -> Result<(), NodeError> {
+    let config = source.load()?;
+    process::raise_fd_limit();
+    process::keep_freed_memory(limits::KEPT_FREE as u32);
+    let commands = Commands::new()?;
+    let settings = Settings {
+        signals: true,
+        ..settings(&config, true)
+    };
+    let engine = Engine::new(
+        settings,
+        commands.clone(),
+        Some(reloader(source, &config, reload_log)),
+    )?;
+    // After the engine blocked its signals, so that this thread inherits that.
+    let _metrics = metrics::serve(config.metrics, &commands)?;
+    ready(&config, engine.listen_address());
+    Ok(engine.run()?)
+}
+
+fn reloader(
+    source: &ConfigSource,
+    config: &NodeConfig,
+    reload_log: impl Fn(&str) + Send + 'static,
+) -> Reloader {
+    let (source, mut current) = (source.clone(), config.clone());
+    Box::new(move || {
+        let next = match source.load() {
+            Ok(next) => next,
+            Err(error) => {
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "kept the old settings"
+                );
+                return None;
+            }
+        };
+        let differences = current.reloadable_differences(&next);
+        for key in &differences.needs_restart {
+            tracing::warn!(key, "takes effect only after a restart");
+        }
+        reload_log(&next.log);
+        let tunables = tunables(&next);
+        current = next;
+        Some(tunables)
+    })
+}
+
+fn tunables(config: &NodeConfig) -> Tunables {
+    Tunables {
+        interval_min: Duration::from_micros(config.interval_min_us),
+        interval_max: Duration::from_micros(config.interval_max_us),
+        mark_max_delay: Duration::from_micros(config.mark_max_delay_us),
+        follow: config.follow.clone(),
+    }
+}
+
+fn settings(config: &NodeConfig, with_socket: bool) -> Settings {
+    Settings {
+        name: config.name.clone(),
+        socket: with_socket.then(|| config.socket.clone()),
+        listen: config.listen,
+        staging_budget: config.staging_budget,
+        signals: false,
+        tunables: tunables(config),
+    }
+}
