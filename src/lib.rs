@@ -60,6 +60,8 @@ pub mod bitmap;
 #[cfg(not(loom))]
 pub mod checksum;
 #[cfg(not(loom))]
+pub mod cli;
+#[cfg(not(loom))]
 pub mod client;
 #[cfg(not(loom))]
 pub mod engine;

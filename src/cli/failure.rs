@@ -1,0 +1,109 @@
+//! How a command ends: the exit code of an error and the line that says it.
+//!
+//! | code | meaning |
+//! |---|---|
+//! | 0 | done |
+//! | 1 | failed |
+//! | 2 | bad input: a flag, a file, a name, a size or a range; nothing changed |
+//! | 3 | a kernel feature or permission is missing; `doctor` names the remedy |
+
+use std::fmt;
+use std::io::{self, Write};
+use std::process::ExitCode;
+
+use crate::client::ClientError;
+use crate::node::ConfigError;
+use crate::sys::SysError;
+use crate::units::OutOfRange;
+use crate::wire::control::RefusalCode;
+
+pub(super) const FAILED: u8 = 1;
+pub(super) const BAD_INPUT: u8 = 2;
+pub(super) const MISSING_FEATURE: u8 = 3;
+
+/// Input that a command refuses on its own, with what would be right.
+#[derive(Debug)]
+pub(super) struct BadInput(pub(super) String);
+
+impl fmt::Display for BadInput {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for BadInput {}
+
+/// A report was printed and says why; there is nothing to add.
+#[derive(Debug)]
+pub(super) struct Reported(pub(super) u8);
+
+impl fmt::Display for Reported {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ended with code {}", self.0)
+    }
+}
+
+impl std::error::Error for Reported {}
+
+/// Says on standard error what failed, if anything is to be said, and picks the code.
+pub(super) fn report(error: &anyhow::Error) -> ExitCode {
+    if is_broken_pipe(error) {
+        return ExitCode::SUCCESS;
+    }
+    if let Some(Reported(code)) = error.downcast_ref() {
+        return ExitCode::from(*code);
+    }
+    let mut stderr = io::stderr().lock();
+    // Where standard error is closed there is nobody left to tell.
+    let _ = writeln!(stderr, "uffd-sync: {error:#}");
+    if let Some(remedy) = remedy(error) {
+        let _ = writeln!(stderr, "uffd-sync: remedy: {remedy}");
+    }
+    ExitCode::from(code(error))
+}
+
+fn is_broken_pipe(error: &anyhow::Error) -> bool {
+    // Only what this process wrote itself: a node's socket fails as `SysError`.
+    error
+        .downcast_ref::<io::Error>()
+        .is_some_and(|error| error.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn remedy(error: &anyhow::Error) -> Option<&'static str> {
+    error
+        .chain()
+        .find_map(|cause| cause.downcast_ref::<SysError>()?.remedy)
+}
+
+fn code(error: &anyhow::Error) -> u8 {
+    for cause in error.chain() {
+        let bad_input = cause.is::<BadInput>()
+            || cause.is::<OutOfRange>()
+            || cause.is::<ConfigError>()
+            || cause
+                .downcast_ref::<ClientError>()
+                .is_some_and(is_bad_request);
+        if bad_input {
+            return BAD_INPUT;
+        }
+    }
+    if remedy(error).is_some() {
+        return MISSING_FEATURE;
+    }
+    FAILED
+}
+
+fn is_bad_request(error: &ClientError) -> bool {
+    match error {
+        ClientError::Refused { code, .. } => matches!(
+            code,
+            RefusalCode::Invalid
+                | RefusalCode::NotFound
+                | RefusalCode::Exists
+                | RefusalCode::Unsupported
+                | RefusalCode::Limit
+        ),
+        ClientError::Name(_) => true,
+        _ => false,
+    }
+}

@@ -1,0 +1,112 @@
+//! `serve`: logs, readiness, and the node itself.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::DirBuilderExt;
+use std::path::{Path, PathBuf};
+
+use anyhow::Context;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
+
+use super::args::ServeArgs;
+use super::demo::children::on_end_of_input;
+use crate::node::{self, ConfigSource, NodeConfig, NodeFlags};
+use crate::sys::process::PidFd;
+
+/// Runs a node until it is told to end.
+pub(super) fn run(args: ServeArgs, socket: Option<PathBuf>) -> anyhow::Result<()> {
+    let until_eof = args.until_eof;
+    let source = ConfigSource {
+        file: args.config,
+        flags: NodeFlags {
+            name: args.name.map(|name| name.as_str().to_owned()),
+            socket,
+            listen: args.listen,
+            insecure: args.insecure,
+            metrics: args.metrics,
+            follow: args.follow,
+            log: args.log,
+        },
+    };
+    // Read here for the log and the socket's folder; the node reads it for the rest.
+    let config = source.load()?;
+    let log = start_log(&config.log)?;
+    make_default_folder(&config.socket)?;
+    let ready = |config: &NodeConfig, listen: Option<std::net::SocketAddr>| {
+        tell_ready(config, listen);
+        if until_eof && let Err(error) = end_with_input() {
+            tracing::error!(%error, "this node will not end with its input");
+        }
+    };
+    let served = node::serve(&source, ready, move |filter| change_log(&log, filter));
+    tell_manager(sd_notify::NotifyState::Stopping);
+    served.context("serving")
+}
+
+/// Makes the folder of the default socket, for this user alone. Any other socket is
+/// put where the user has a folder for it.
+fn make_default_folder(socket: &Path) -> anyhow::Result<()> {
+    let Some(folder) = socket.parent().filter(|_| socket == node::default_socket()) else {
+        return Ok(());
+    };
+    match fs::DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+            Err(error).with_context(|| format!("creating {}", folder.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+type LogHandle = reload::Handle<EnvFilter, Registry>;
+
+/// Logs to standard error, colours only where that is a terminal.
+fn start_log(filter: &str) -> anyhow::Result<LogHandle> {
+    let filter = EnvFilter::try_new(filter).context("reading the log filter")?;
+    let (filter, handle) = reload::Layer::new(filter);
+    let colours = io::IsTerminal::is_terminal(&io::stderr());
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(fmt::layer().with_writer(io::stderr).with_ansi(colours))
+        .try_init()
+        .context("starting the log")?;
+    Ok(handle)
+}
+
+/// Takes over a filter that was validated with the rest of the configuration.
+fn change_log(handle: &LogHandle, filter: &str) {
+    let changed = EnvFilter::try_new(filter).map(|filter| handle.reload(filter));
+    match changed {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::error!(%error, "kept the old log filter"),
+        Err(error) => tracing::error!(%error, "kept the old log filter"),
+    }
+}
+
+fn tell_ready(config: &NodeConfig, listen: Option<std::net::SocketAddr>) {
+    let socket = config.socket.display();
+    match listen {
+        Some(listen) => tracing::info!(name = config.name, %socket, %listen, "ready"),
+        None => tracing::info!(name = config.name, %socket, "ready, no TCP"),
+    }
+    tell_manager(sd_notify::NotifyState::Ready);
+}
+
+/// Tells the service manager, where there is one.
+fn tell_manager(state: sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::warn!(%error, "the service manager cannot be told");
+    }
+}
+
+/// Ends this process as `SIGTERM` does once standard input ends; called when the
+/// engine has taken the signals over.
+fn end_with_input() -> anyhow::Result<()> {
+    let own = PidFd::own()?;
+    on_end_of_input(move || {
+        if let Err(error) = own.kill(nix::libc::SIGTERM) {
+            tracing::error!(%error, "cannot end with the input");
+        }
+    })
+}

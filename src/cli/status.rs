@@ -1,0 +1,233 @@
+//! `status`, and the tables that `region list` and `region show` share with it.
+
+use std::time::Duration;
+
+use comfy_table::Table;
+
+use super::NodeAt;
+use super::args::Report;
+use super::output::{Align, Output, about, grouped, table};
+use crate::client::Node;
+use crate::units::ByteSize;
+use crate::wire::control::{NodeStatus, RegionStatus, Role};
+
+/// Shows the whole node.
+pub(super) fn run(report: Report, node: &NodeAt) -> anyhow::Result<()> {
+    let status = Node::connect(node.path())?.status()?;
+    let mut out = Output::new();
+    if report.json {
+        out.json(&status)?;
+        return Ok(out.done()?);
+    }
+    out.table(&node_table(&status))?;
+    if !status.regions.is_empty() {
+        out.line("")?;
+        out.table(&regions_table(&status.regions))?;
+    }
+    if status.regions.iter().any(|r| !r.replicas.is_empty()) {
+        out.line("")?;
+        out.table(&replicas_table(&status.regions))?;
+    }
+    Ok(out.done()?)
+}
+
+fn node_table(status: &NodeStatus) -> Table {
+    let uptime = Duration::from_millis(status.uptime_ms);
+    pairs([
+        ("node", status.node.clone()),
+        ("version", status.version.clone()),
+        ("pid", status.pid.to_string()),
+        ("up", up(uptime)),
+        ("listen", dash(status.listen.as_deref())),
+        ("memory", about(status.rss_bytes)),
+        ("connections", status.connections.to_string()),
+        ("sent", about(status.bytes_sent)),
+        ("received", about(status.bytes_received)),
+        (
+            "longest turn",
+            format!("{} us", grouped(status.longest_turn_us)),
+        ),
+    ])
+}
+
+/// All regions, one per line.
+pub(super) fn regions_table(regions: &[RegionStatus]) -> Table {
+    let mut rows = table([
+        ("REGION", Align::Left),
+        ("SIZE", Align::Right),
+        ("RESIDENT", Align::Right),
+        ("BESIDE", Align::Right),
+        ("ROLE", Align::Left),
+        ("STATE", Align::Left),
+        ("MODE", Align::Left),
+        ("SHARED", Align::Left),
+        ("EPOCH", Align::Right),
+        ("KIND", Align::Left),
+        ("DIRTY/s", Align::Right),
+        ("PAUSE us", Align::Right),
+        ("GENERATION", Align::Left),
+    ]);
+    for region in regions {
+        rows.add_row([
+            region.name.clone(),
+            ByteSize(region.size).to_string(),
+            about(region.resident_bytes),
+            about(region.overhead_bytes),
+            role_name(region.role).to_owned(),
+            region.state.clone(),
+            dash(region.mode.map(|mode| mode.as_str())),
+            yes_no(region.shared),
+            region.epoch.to_string(),
+            kind_name(region.cut).to_owned(),
+            format!("{:.0}", region.dirty_pages_per_s),
+            grouped(region.interval_us),
+            // Eight digits tell the lives of a region apart; --json has all 32.
+            region.generation.chars().take(8).collect(),
+        ]);
+    }
+    rows
+}
+
+fn replicas_table(regions: &[RegionStatus]) -> Table {
+    let mut rows = table([
+        ("REGION", Align::Left),
+        ("REPLICA AT", Align::Left),
+        ("STATE", Align::Left),
+        ("ACKED", Align::Right),
+        ("LAG", Align::Right),
+        ("PENDING", Align::Right),
+        ("SENT", Align::Right),
+        ("UPDATES", Align::Right),
+    ]);
+    for region in regions {
+        for replica in &region.replicas {
+            rows.add_row([
+                region.name.clone(),
+                replica.node.clone(),
+                replica.state.clone(),
+                replica.acked_epoch.to_string(),
+                replica.lag_epochs.to_string(),
+                about(replica.pending_bytes),
+                about(replica.bytes_sent),
+                grouped(replica.updates_sent),
+            ]);
+        }
+    }
+    rows
+}
+
+/// All about one region.
+pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::Result<()> {
+    out.table(&pairs([
+        ("region", region.name.clone()),
+        ("size", ByteSize(region.size).to_string()),
+        ("resident", about(region.resident_bytes)),
+        ("beside it", about(region.overhead_bytes)),
+        ("role", role_name(region.role).to_owned()),
+        ("source", dash(region.source.as_deref())),
+        ("state", region.state.clone()),
+        ("mode", dash(region.mode.map(|mode| mode.as_str()))),
+        (
+            "publish",
+            dash(region.publish.map(|publish| publish.as_str())),
+        ),
+        ("shared", yes_no(region.shared)),
+        ("owner uid", region.owner_uid.to_string()),
+        ("writer pid", dash(region.writer_pid)),
+        ("generation", region.generation.clone()),
+        (
+            "epoch",
+            format!("{} ({})", region.epoch, kind_name(region.cut)),
+        ),
+        ("captures", grouped(region.captures)),
+        ("bytes changed", grouped(region.bytes_changed)),
+        ("dirty pages/s", format!("{:.1}", region.dirty_pages_per_s)),
+        ("pause", format!("{} us", grouped(region.interval_us))),
+        ("last capture", format!("{} us", grouped(region.capture_us))),
+        ("full compares", grouped(region.full_compares)),
+        ("last loss", dash(region.last_loss.as_deref())),
+        ("readers", region.readers.to_string()),
+    ]))?;
+    if let Some(applied) = region.applied {
+        out.table(&pairs([
+            ("applied", grouped(applied.applied)),
+            ("ignored", grouped(applied.ignored)),
+            ("dropped", grouped(applied.dropped)),
+            ("resyncs", grouped(applied.resyncs)),
+            ("held back", grouped(applied.held)),
+        ]))?;
+    }
+    if !region.replicas.is_empty() {
+        out.line("")?;
+        out.table(&replicas_table(std::slice::from_ref(region)))?;
+    }
+    Ok(())
+}
+
+/// A table of names and values without a header.
+fn pairs<const N: usize>(rows: [(&str, String); N]) -> Table {
+    let mut pairs = Table::new();
+    pairs.load_style(comfy_table::presets::NOTHING);
+    for (name, value) in rows {
+        // One width, so that tables under each other are in line.
+        pairs.add_row([format!("{name:<14}"), value]);
+    }
+    for column in pairs.column_iter_mut() {
+        column.set_padding((0, 2));
+    }
+    pairs
+}
+
+fn role_name(role: Role) -> &'static str {
+    match role {
+        Role::Tracked => "tracked",
+        Role::Held => "held",
+        Role::File => "file",
+        Role::Replica => "replica",
+    }
+}
+
+fn kind_name(cut: bool) -> &'static str {
+    if cut { "cut" } else { "convergent" }
+}
+
+fn yes_no(yes: bool) -> String {
+    if yes { "yes" } else { "no" }.to_owned()
+}
+
+fn dash(value: Option<impl ToString>) -> String {
+    value.map_or_else(|| "-".to_owned(), |value| value.to_string())
+}
+
+/// A time as days, hours, minutes and seconds, the largest two that are not zero.
+fn up(time: Duration) -> String {
+    let seconds = time.as_secs();
+    match (
+        seconds / 86_400,
+        seconds / 3_600 % 24,
+        seconds / 60 % 60,
+        seconds % 60,
+    ) {
+        (0, 0, 0, s) => format!("{s} s"),
+        (0, 0, m, s) => format!("{m} min {s} s"),
+        (0, h, m, _) => format!("{h} h {m} min"),
+        (d, h, _, _) => format!("{d} d {h} h"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_in_two_units() {
+        for (seconds, text) in [
+            (0, "0 s"),
+            (61, "1 min 1 s"),
+            (3_600, "1 h 0 min"),
+            (90_000, "1 d 1 h"),
+        ] {
+            assert_eq!(up(Duration::from_secs(seconds)), text);
+        }
+    }
+}
