@@ -1,0 +1,32 @@
+//! Real processes: nodes, writers, followers; killed, cut off and fed with garbage.
+//!
+//! One module per capability. [`nodes`] starts and kills nodes, [`writer`] runs this
+//! test binary again as a program that writes a region, [`proxy`] stands between two
+//! nodes, counts what passes and breaks it, [`pattern`] is the recorded change.
+//!
+//! `UFFD_SYNC_LONG=1` runs the long forms.
+
+mod bad_input;
+mod bad_peers;
+mod chaos;
+mod cli;
+mod command;
+mod faults;
+mod hostile;
+mod library;
+mod nodes;
+mod pattern;
+mod privileges;
+mod proxy;
+mod real_file;
+mod scenarios;
+mod transactions;
+mod writer;
+
+/// Not a test of its own: with the variable set this process is a writer.
+#[test]
+fn writer_process() {
+    if std::env::var_os(writer::ROLE).is_some() {
+        writer::serve_orders();
+    }
+}
