@@ -1,0 +1,49 @@
+//! What tracking costs: `cargo bench --bench track`.
+//!
+//! | cases | against | goal |
+//! |---|---|---|
+//! | `first-store` | the bare kernel's fault, mprotect + SIGSEGV, no tracking | <= 1.1x, >= 4x less |
+//! | `find-100-of-1GiB` | bare `PAGEMAP_SCAN`, comparing 1 GiB | <= 1.2x, >= 100x less |
+//! | `capture` | memcpy of the same pages, cold | >= 0.4x its speed sparse, >= 0.25x all bytes |
+//! | `clean-scan-1GiB`, `idle` | a bare scan, a node without regions | none |
+#![allow(
+    unsafe_code,
+    reason = "stores through raw pointers, bare system calls, and a signal handler as baselines"
+)]
+
+#[path = "track/capture.rs"]
+mod capture;
+#[path = "track/find.rs"]
+mod find;
+#[path = "track/first_store.rs"]
+mod first_store;
+mod harness;
+#[path = "track/idle.rs"]
+mod idle;
+#[path = "track/memory.rs"]
+mod memory;
+#[path = "track/segv.rs"]
+mod segv;
+#[path = "track/tracked.rs"]
+mod tracked;
+
+use harness::{Group, Role};
+
+fn main() -> std::process::ExitCode {
+    let group = |cases, run| Group {
+        cases,
+        only_all: false,
+        run,
+    };
+    let groups = [
+        group(first_store::CASES, first_store::run),
+        group(find::CASES, find::run),
+        group(capture::CASES, capture::run),
+        group(idle::CASES, idle::run),
+    ];
+    let roles = [Role {
+        name: idle::ROLE,
+        run: idle::serve,
+    }];
+    harness::run("track", &groups, &roles)
+}
