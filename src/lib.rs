@@ -68,6 +68,8 @@ pub mod engine;
 #[cfg(not(loom))]
 pub mod limits;
 #[cfg(not(loom))]
+pub mod manual;
+#[cfg(not(loom))]
 pub mod node;
 #[cfg(not(loom))]
 pub mod region;

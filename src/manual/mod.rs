@@ -1,0 +1,20 @@
+//! The manual, as pages of this documentation.
+//!
+//! | page | for |
+//! |---|---|
+//! | [`architecture`] | who changes the code, or wants to know where a store goes |
+//! | [`wire_format`] | who writes another implementation, or reads a packet dump |
+//! | [`shared_layouts`] | who attaches from another language, or reads a memory dump |
+//! | [`operations`] | who runs nodes: configuration, signals, metrics, troubleshooting |
+
+#[doc = include_str!("architecture.md")]
+pub mod architecture {}
+
+#[doc = include_str!("wire_format.md")]
+pub mod wire_format {}
+
+#[doc = include_str!("shared_layouts.md")]
+pub mod shared_layouts {}
+
+#[doc = include_str!("operations.md")]
+pub mod operations {}
