@@ -2,16 +2,17 @@
 //! reads it and who follows it.
 
 use std::os::fd::OwnedFd;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use super::apply::Replica;
 use super::keys::Key;
 use super::tracked::Tracked;
-use crate::region::{Control, HoldPage};
+use crate::region::{Control, HoldPage, Stats};
 use crate::replicate::{Publication, ShipperId};
 use crate::shm::OwnedMemory;
 use crate::sys::SysError;
 use crate::sys::memfd;
+use crate::track::Captured;
 use crate::wire::control::Role;
 use crate::words::{EpochKind, Generation, RegionName};
 
@@ -70,6 +71,7 @@ pub(super) enum Body {
 #[derive(Debug, Default)]
 pub(super) struct Statistics {
     pub(super) captures: u64,
+    pub(super) commits: u64,
     pub(super) bytes_changed: u64,
     pub(super) dirty_pages: u64,
     /// Value of `dirty_pages` at the last sweep, and the rate since the one before.
@@ -98,5 +100,29 @@ impl RegionEntry {
     /// Writes the acknowledged epochs where `wait_acked` looks for them.
     pub(super) fn publish_acks(&self) {
         self.control.set_acked(&self.publication.acked());
+    }
+}
+
+impl Statistics {
+    /// Counts a complete capture.
+    pub(super) fn captured(&mut self, captured: &Captured, by_commit: bool, cost: Duration) {
+        self.captures += 1;
+        self.commits += u64::from(by_commit);
+        self.bytes_changed += captured.changed_bytes;
+        self.dirty_pages += captured.dirty_pages;
+        self.capture_us = cost.as_micros() as u64;
+    }
+
+    /// What the control page tells, so that the writer sees what tracking costs
+    /// without asking the node.
+    pub(super) fn shared(&self, interval_us: u64) -> Stats {
+        Stats {
+            captures: self.captures,
+            commits: self.commits,
+            dirty_pages: self.dirty_pages,
+            changed_bytes: self.bytes_changed,
+            interval_us,
+            lost: self.full_compares,
+        }
     }
 }

@@ -379,11 +379,8 @@ impl Engine {
             source_time_ns,
             cost,
         } = finished;
-        let statistics = &mut entry.statistics;
-        statistics.captures += 1;
-        statistics.bytes_changed += captured.changed_bytes;
-        statistics.dirty_pages += captured.dirty_pages;
-        statistics.capture_us = cost.as_micros() as u64;
+        let by_commit = request.is_some();
+        entry.statistics.captured(&captured, by_commit, cost);
         // An epoch says more than the last one if bytes changed, or if it is a cut
         // and the last was not.
         let news = !captured.extents.is_empty()
@@ -407,6 +404,10 @@ impl Engine {
                 .captured(info, &captured.extents, &tracked.twin);
         }
         tracked.schedule(cost, captured.dirty_pages, Instant::now());
+        let interval_us = tracked.interval.current();
+        entry
+            .control
+            .set_stats(&entry.statistics.shared(interval_us));
         // Without news too: what was asked for while the capture went on waits.
         self.pump_followers(key);
         if let Some(request) = request {

@@ -108,6 +108,9 @@ fn a_program_embeds_everything() {
     );
     let epoch = region.commit(PATIENCE).expect("the engine answers");
     assert_eq!(epoch.kind, EpochKind::Cut);
+    let stats = region.control().stats();
+    assert_eq!(stats.commits, 1, "the control page tells what was done");
+    assert!(stats.captures >= 1 && stats.changed_bytes > 0);
     let reader = nodes.reader(MIB);
     epoch
         .wait_acked(1, PATIENCE)
