@@ -4,6 +4,7 @@
 //! |---|---|---|
 //! | `commit-manual`, `commit-async` | the bare chain of the same four processes | <= 1.5x; async: plus 1.2 bare scans |
 //! | `all-pages` | a bare TCP stream into staging, one memcpy, the same checksum | >= 0.75x its speed |
+//! | `first-sync` | a bare TCP stream into new memory, the same checksum | none |
 //! | `one-percent` | whole dirty pages, the whole region | >= 50x fewer bytes, >= 2x and >= 100x less time |
 //! | `wire` | whole dirty pages | none |
 //! | `neighbour-commit-p99` | the same commit while nothing else goes on | <= 3x |
@@ -49,6 +50,7 @@ fn main() -> std::process::ExitCode {
             only_all: true,
             run: bulk::run_large,
         },
+        group(bulk::CASES_FIRST, bulk::run_first),
         group(one_percent::CASES, one_percent::run),
         group(wire::CASES, wire::run),
         group(neighbour::CASES, neighbour::run),

@@ -53,7 +53,7 @@
 //! | [`words`], [`units`], [`limits`], [`bitmap`], [`checksum`], [`shm`] | what all of them stand on |
 //! | [`sys`] | the only place that calls the kernel |
 //!
-//! Under `--cfg loom` (`tests/loom.rs`) only the lock-free code is compiled.
+//! Under `--cfg loom` (`tests/loom`) only the lock-free code is compiled.
 
 #[cfg(not(loom))]
 pub mod bitmap;

@@ -56,6 +56,14 @@ limits! {
     MAX_BODY = MAX_CHUNK + 12 * MAX_EXTENTS_PER_FRAME + 64, Bytes;
     /// Bytes of an update staged by a replica before it is applied; a larger update goes in place and the region is `syncing` meanwhile.
     STAGING_BUDGET = 512 * MIB, Bytes;
+    /// Time for which staging memory is kept for the next large update; faulting it in again costs more than the copy.
+    STAGING_KEPT_MS = 10_000, Millis;
+    /// Changed bytes of a capture under way from which on it is shipped while it goes on; below, one frame or few carry it at once.
+    EARLY_MIN = 4 * MAX_CHUNK, Bytes;
+    /// Frames whose memory one node keeps for the next ones.
+    SPARE_FRAMES = 16, Count;
+    /// Bytes of an update from which on it is applied past the caches, which it would only empty.
+    STREAM_COPY_MIN = 8 * MIB, Bytes;
     /// Freed memory that `serve` keeps for the next large buffer instead of faulting it in again.
     KEPT_FREE = 64 * MIB, Bytes;
     /// Extents kept exactly per replica; beyond it they degrade to whole pages.

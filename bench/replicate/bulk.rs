@@ -1,8 +1,10 @@
 //! Every byte of a region changed: from entering `commit()` to the reader on the
 //! replica seeing it, against a bare TCP stream of as many bytes.
 
+use std::time::Duration;
+
 use anyhow::bail;
-use uffd_sync::client::Writer;
+use uffd_sync::client::{self, Writer};
 use uffd_sync::shm::OwnedMemory;
 use uffd_sync::sys::process::monotonic_ns;
 use uffd_sync::units::{GIB, MIB, PAGE_SIZE};
@@ -146,5 +148,77 @@ fn measure(options: &Options, size: u64, cases: &[&'static str]) -> anyhow::Resu
         Outcome::times(manual_case, "MB/s", manual, (BASELINE, bare)).note(&what),
         Outcome::times(shipping_case, "MB/s", shipping, (BASELINE, bare))
             .note("from the return of commit(), which is when the capture is done, to seen"),
+    ])
+}
+
+const FIRST: &str = "first-sync";
+pub(crate) const CASES_FIRST: &[&str] = &[FIRST];
+
+/// A replica that has nothing yet gets the whole region.
+struct FirstSync {
+    pair: Pair,
+    writer: Writer,
+    node: client::Node,
+    memory: OwnedMemory,
+    sender: Sender,
+}
+
+impl FirstSync {
+    const NAME: &str = "first";
+
+    fn measure(&mut self, variant: usize, round: usize) -> anyhow::Result<f64> {
+        let begun;
+        let held = if variant == 0 {
+            begun = monotonic_ns();
+            self.pair.follow(&mut self.node, Self::NAME)?;
+            while !self.is_whole()? {
+                std::thread::sleep(LOOK);
+            }
+            let held = monotonic_ns();
+            self.pair.verify(Self::NAME, &self.writer)?;
+            self.node.unfollow(Self::NAME)?;
+            held
+        } else {
+            self.memory.fill(round as u8 + 2);
+            self.sender.freshen()?;
+            begun = monotonic_ns();
+            let held = self.sender.place_region(&self.memory)?;
+            self.sender.verify(&self.memory)?;
+            held
+        };
+        Ok(self.memory.len() as f64 / (held - begun) as f64 * 1e3)
+    }
+
+    fn is_whole(&mut self) -> anyhow::Result<bool> {
+        let regions = self.node.status()?.regions;
+        let replica = regions.iter().find(|region| region.name == Self::NAME);
+        Ok(replica.is_some_and(|replica| replica.state == "following"))
+    }
+}
+
+/// Pause between two looks at the replica's state.
+const LOOK: Duration = Duration::from_micros(500);
+
+pub(crate) fn run_first(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    let size = options.pick(32 * MIB, 256 * MIB);
+    let pair = Pair::start([None; 2])?;
+    let mut subject = FirstSync {
+        writer: pair.writer(FirstSync::NAME, size, Mode::Manual, true)?,
+        node: client::Node::connect(pair.replica_socket())?,
+        pair,
+        memory: allocated(size)?,
+        sender: Sender::start(size)?,
+    };
+    let rounds = Rounds::run(options, 2, |variant, round| subject.measure(variant, round))?;
+    let FirstSync { pair, writer, .. } = subject;
+    drop(writer);
+    pair.end()?;
+    let baseline = "bare TCP stream into new memory, CRC-32C";
+    let (ours, bare) = (rounds.of(0), rounds.of(1));
+    Ok(vec![
+        Outcome::times(FIRST, "MB/s", ours, (baseline, bare)).note(format!(
+            "{} MiB; from follow() to whole, in place",
+            size / MIB
+        )),
     ])
 }

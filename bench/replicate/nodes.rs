@@ -100,7 +100,7 @@ impl Pair {
     pub(crate) fn replicated(&self, name: &str, size: u64, mode: Mode) -> anyhow::Result<Writer> {
         let writer = self.writer(name, size, mode, true)?;
         let mut node = client::Node::connect(self.replica_socket())?;
-        node.follow(&format!("tcp://{}/{name}", self.address))?;
+        self.follow(&mut node, name)?;
         if let Err(error) = writer.commit(PATIENCE)?.wait_acked(1, PATIENCE) {
             let replica = self.status(&self.replica_socket(), name)?;
             let source = self.status(&self.source_socket(), name)?;
@@ -108,6 +108,11 @@ impl Pair {
             return Err(anyhow::Error::new(error).context(seen));
         }
         Ok(writer)
+    }
+
+    /// Lets the replica node follow the source's region of that name.
+    pub(crate) fn follow(&self, node: &mut client::Node, name: &str) -> anyhow::Result<()> {
+        Ok(node.follow(&format!("tcp://{}/{name}", self.address))?)
     }
 
     /// Bytes of the region's updates that the source has sent, once the replica has

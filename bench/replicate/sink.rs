@@ -5,7 +5,8 @@
 //! stream:  total | chunk: len, crc, 0 or pages ... | bytes ...
 //! ```
 //! Staging memory is as large as the data and cold: new to the process in each
-//! transfer, as memory that a replica stages one update in is.
+//! transfer, as memory that a replica stages one update in is. The bare first sync goes
+//! straight into the final place, which is new too.
 
 use std::io::{IoSlice, Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
@@ -47,11 +48,18 @@ pub(crate) fn serve(mut channel: Channel, args: &[String]) -> anyhow::Result<()>
     channel.send(&listener.local_addr()?.to_string(), &[])?;
     let (mut stream, _) = listener.accept()?;
     while let Some((line, _)) = channel.receive()? {
-        sink.staging = PrivateMemory::new(size)?;
-        sink.staging.advise_huge(0..size);
+        if line != "fresh" && line != "placed" {
+            sink.staging = PrivateMemory::new(size)?;
+            sink.staging.advise_huge(0..size);
+        }
         let answer = match line.as_str() {
             "region" => sink.take_region(&mut stream)?,
             "pages" => sink.take_pages(&mut stream)?,
+            "fresh" => {
+                sink.memory = OwnedMemory::create("bench-sink", size)?;
+                0
+            }
+            "placed" => sink.take_placed(&mut stream)?,
             "digest" => u64::from(crc32c(&sink.memory)),
             other => bail!("{other} is no order"),
         };
@@ -75,6 +83,16 @@ impl Sink {
             ensure!(u64::from(crc32c(chunk)) == crc, "a chunk is damaged");
         }
         self.memory.copy_from_slice(&self.staging);
+        Ok(monotonic_ns())
+    }
+
+    /// Straight into the final place, chunk by chunk.
+    fn take_placed(&mut self, stream: &mut TcpStream) -> anyhow::Result<u64> {
+        for chunk in self.memory.chunks_mut(CHUNK) {
+            let crc = number(stream)?;
+            stream.read_exact(chunk)?;
+            ensure!(u64::from(crc32c(chunk)) == crc, "a chunk is damaged");
+        }
         Ok(monotonic_ns())
     }
 
@@ -134,7 +152,22 @@ impl Sender {
 
     /// Streams all of `memory`; the time at which the sink held it.
     pub(crate) fn send_region(&mut self, memory: &[u8]) -> anyhow::Result<u64> {
-        self.sink.tell("region", &[])?;
+        self.stream_region("region", memory)
+    }
+
+    /// Gives the sink memory that nothing was ever in.
+    pub(crate) fn freshen(&mut self) -> anyhow::Result<()> {
+        self.sink.ask("fresh")?;
+        Ok(())
+    }
+
+    /// Streams all of `memory` into its place, without staging; the time as above.
+    pub(crate) fn place_region(&mut self, memory: &[u8]) -> anyhow::Result<u64> {
+        self.stream_region("placed", memory)
+    }
+
+    fn stream_region(&mut self, order: &str, memory: &[u8]) -> anyhow::Result<u64> {
+        self.sink.tell(order, &[])?;
         for chunk in memory.chunks(CHUNK) {
             let crc = u64::from(crc32c(chunk)).to_le_bytes();
             self.bytes_sent += send(&mut self.stream, &crc, chunk)?;

@@ -40,6 +40,7 @@ fn node_table(status: &NodeStatus) -> Table {
         ("up", up(uptime)),
         ("listen", dash(status.listen.as_deref())),
         ("memory", about(status.rss_bytes)),
+        ("of it buffers", about(status.buffer_bytes)),
         ("connections", status.connections.to_string()),
         ("sent", about(status.bytes_sent)),
         ("received", about(status.bytes_received)),

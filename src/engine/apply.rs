@@ -26,9 +26,10 @@ use super::timers::Timer;
 use crate::checksum::{Digest, digest, digest_of_zeros};
 use crate::limits;
 use crate::replicate::{
-    Applied, Applier, ApplyJob, CaptureInfo, Publication, ReplicaState, ShipperId, Update,
+    Applied, Applier, ApplyJob, CaptureInfo, ReplicaState, ShipperId, Spare, Update,
 };
 use crate::shm::OwnedMemory;
+use crate::sys::buffer::Buffer;
 use crate::track::{ExtentSet, Twin};
 use crate::units::{page_of, pages_for};
 use crate::wire::control::AppliedStatus;
@@ -162,7 +163,7 @@ impl Engine {
     }
 
     /// A frame of the node that this one follows.
-    pub(super) fn source_frame(&mut self, key: Key, region: Key, header: Header, body: Vec<u8>) {
+    pub(super) fn source_frame(&mut self, key: Key, region: Key, header: Header, body: Buffer) {
         let result = match header.kind {
             Kind::RegionInfo => RegionInfo::decode(&header, &body)
                 .map_err(|error| chain(&error))
@@ -245,7 +246,7 @@ impl Engine {
         key: Key,
         region: Key,
         header: &Header,
-        body: Vec<u8>,
+        body: Buffer,
     ) -> Result<(), String> {
         let now = self.now;
         let Some(entry) = self.regions.get_mut(region) else {
@@ -671,17 +672,19 @@ impl RegionEntry {
         &mut self,
         shipper: ShipperId,
         now: Instant,
+        spare: &mut Spare,
     ) -> Option<crate::replicate::Out> {
-        let (publication, content) = self.parts();
-        publication.poll(shipper, now, content)
+        let (content, coming): (&[u8], _) = match &self.body {
+            Body::Tracked(tracked) => (&tracked.twin, tracked.coming(self.epoch)),
+            Body::Held(memory) => (memory, None),
+            Body::Replica(replica) => (&replica.memory, None),
+        };
+        self.publication
+            .poll_coming(shipper, now, (content, coming), spare)
     }
 
-    fn parts(&mut self) -> (&mut Publication, &[u8]) {
-        let content: &[u8] = match &self.body {
-            Body::Tracked(tracked) => &tracked.twin,
-            Body::Held(memory) => memory,
-            Body::Replica(replica) => &replica.memory,
-        };
-        (&mut self.publication, content)
+    /// Whether a capture is shipped while it goes on.
+    pub(super) fn is_coming(&self) -> bool {
+        matches!(&self.body, Body::Tracked(tracked) if tracked.coming(self.epoch).is_some())
     }
 }

@@ -3,7 +3,8 @@
 //!
 //! Small frames are cut out of a window that one receive fills. The body of a
 //! large frame is received straight into the buffer that becomes the staged
-//! update, so bulk data is touched once by the kernel and once by the checksum.
+//! update, a block of the node's pool, so bulk data is touched once by the kernel and
+//! once by the checksum, in memory that is there already.
 //!
 //! I1. While a receive is in flight the reader owns no buffer and gives no frame.
 //! I2. A body is reserved only after its length passed `parse_header`.
@@ -12,19 +13,24 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use crate::limits;
+use crate::sys::buffer::{Buffer, Pool};
 use crate::sys::ring::SendBuf;
 use crate::wire::{HEADER_BYTES, Header, WireError, check_body, parse_header};
 
 /// Size of the window that small frames are cut from, in bytes.
 const WINDOW: usize = 64 * 1024;
 
+/// Shortest body that a block of the pool is taken for, in bytes.
+const BULK: usize = 64 * 1024;
+
 /// A header and its body, or what is wrong with the body.
-pub(crate) type Framed = (Header, Result<Vec<u8>, WireError>);
+pub(crate) type Framed = (Header, Result<Buffer, WireError>);
 
 /// Cuts a stream into frames.
 #[derive(Debug)]
 pub(crate) struct FrameReader {
-    window: Vec<u8>,
+    pool: Pool,
+    window: Buffer,
     /// First byte of the window that was not taken yet.
     start: usize,
     body: Option<Partial>,
@@ -33,16 +39,23 @@ pub(crate) struct FrameReader {
 #[derive(Debug)]
 struct Partial {
     header: Header,
-    bytes: Vec<u8>,
+    bytes: Buffer,
 }
 
 impl FrameReader {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(pool: Pool) -> Self {
         Self {
-            window: Vec::with_capacity(WINDOW),
+            pool,
+            window: Vec::with_capacity(WINDOW).into(),
             start: 0,
             body: None,
         }
+    }
+
+    /// Bytes of a body that are still to come; 0 between frames.
+    pub(crate) fn missing(&self) -> usize {
+        let rest = |body: &Partial| body.header.body_len as usize - body.bytes.len();
+        self.body.as_ref().map_or(0, rest)
     }
 
     /// Whether a frame's body has come in part.
@@ -56,20 +69,32 @@ impl FrameReader {
     }
 
     /// Takes the buffer that the next receive appends to, and the length up to which.
-    pub(crate) fn take_buffer(&mut self) -> (Vec<u8>, usize) {
+    pub(crate) fn take_buffer(&mut self) -> (Buffer, usize) {
         if let Some(body) = &mut self.body {
             let len = body.header.body_len as usize;
-            return (std::mem::take(&mut body.bytes), len);
+            // The next header as well: the body behind it then has a buffer of its own
+            // from its first byte on.
+            let upto = body.bytes.capacity().min(len + HEADER_BYTES);
+            return (std::mem::take(&mut body.bytes), upto);
         }
-        self.window.drain(..self.start);
+        self.window.drain_front(self.start);
         self.start = 0;
         (std::mem::take(&mut self.window), WINDOW)
     }
 
     /// Gives the buffer back with what was received in it.
-    pub(crate) fn give_back(&mut self, buffer: Vec<u8>) {
+    pub(crate) fn give_back(&mut self, buffer: Buffer) {
         match &mut self.body {
-            Some(body) => body.bytes = buffer,
+            Some(body) => {
+                let len = body.header.body_len as usize;
+                body.bytes = buffer;
+                if body.bytes.len() > len {
+                    self.window.drain_front(self.start);
+                    self.start = 0;
+                    self.window.extend_from_slice(&body.bytes[len..]);
+                    body.bytes.truncate(len);
+                }
+            }
             None => self.window = buffer,
         }
     }
@@ -87,7 +112,11 @@ impl FrameReader {
             let header = parse_header(raw)?;
             self.start += HEADER_BYTES;
             let len = header.body_len as usize;
-            let mut bytes = Vec::with_capacity(len);
+            let block = (len >= BULK).then(|| self.pool.take()).flatten();
+            let mut bytes = match block {
+                Some(block) => Buffer::Block(block),
+                None => Vec::with_capacity(len + HEADER_BYTES).into(),
+            };
             let at_hand = len.min(self.window.len() - self.start);
             bytes.extend_from_slice(&self.window[self.start..self.start + at_hand]);
             self.start += at_hand;
@@ -173,7 +202,7 @@ mod tests {
                     frame.finish()
                 })
                 .collect();
-            let mut reader = FrameReader::new();
+            let mut reader = FrameReader::new(Pool::new(limits::MAX_BODY, 32 << 20));
             let mut seen = Vec::new();
             let (mut at, mut cut) = (0, cuts.iter().cycle());
             while at < stream.len() {
@@ -183,7 +212,7 @@ mod tests {
                 reader.give_back(buffer);
                 at += n;
                 while let Some((_, body)) = reader.next_frame().unwrap() {
-                    seen.push(body.unwrap());
+                    seen.push(body.unwrap().to_vec());
                 }
             }
             prop_assert_eq!(seen, bodies);

@@ -224,7 +224,7 @@ impl Engine {
                 }
                 more |= !all;
                 waiting.push(follower.peer);
-            } else if entry.publication.wants_poll(follower.shipper) {
+            } else if entry.is_coming() || entry.publication.wants_poll(follower.shipper) {
                 waiting.push(follower.peer);
             }
         }
@@ -262,7 +262,7 @@ impl Engine {
                     continue;
                 };
                 let held = entry.publication.held_open();
-                let frame = entry.poll_frame(subscription.shipper, self.now);
+                let frame = entry.poll_frame(subscription.shipper, self.now, &mut self.spare);
                 if entry.publication.held_open() < held {
                     freed.push(subscription.region);
                 }

@@ -49,7 +49,9 @@ use timers::{Timer, Timers};
 
 use crate::limits;
 use crate::region::{Pulse, PulseHolder, RegionError};
+use crate::replicate::Spare;
 use crate::sys::SysError;
+use crate::sys::buffer::Pool;
 use crate::sys::net;
 use crate::sys::process::SignalFd;
 use crate::sys::ring::{Completion, Op, Ring};
@@ -200,6 +202,10 @@ pub struct Engine {
     /// they are taken at the end of a turn.
     resumed: Vec<Key>,
     counters: Counters,
+    /// What bulk is received into.
+    pool: Pool,
+    /// What bulk is sent from.
+    spare: Spare,
     stopping: Option<Instant>,
     /// Where the audit of tracked mappings goes on.
     audit_next: usize,
@@ -267,6 +273,9 @@ impl Engine {
             runnable: VecDeque::new(),
             resumed: Vec::new(),
             counters: Counters::default(),
+            // As much again as one update: what is applied is not free yet while the next comes.
+            pool: Pool::new(limits::MAX_BODY, 2 * settings.staging_budget),
+            spare: Spare::default(),
             stopping: None,
             audit_next: 0,
             deaf: Vec::new(),

@@ -21,9 +21,14 @@ use super::timers::Timer;
 use super::{Engine, EngineError, Token};
 use crate::limits;
 use crate::replicate::ShipperId;
+use crate::sys::buffer::{Buffer, Pool};
 use crate::sys::net;
 use crate::sys::ring::{Completion, Op, SendBuf};
 use crate::wire::{ErrorCode, ErrorFrame, Header, Hello, Kind, Ping, VERSION, WireError};
+
+/// Bytes that a receive brings where the sender is fast: from here on the rest of a body
+/// is waited for as a whole.
+const FAST: usize = 32 * 1024;
 
 /// A connection to another node.
 pub(super) struct Peer {
@@ -38,6 +43,10 @@ pub(super) struct Peer {
     pub(super) reader: FrameReader,
     pub(super) outbox: Outbox,
     receiving: bool,
+    /// Whether the last receive brought much.
+    fast: bool,
+    /// Bytes that have to be there before the kernel says so.
+    least: usize,
     sending: bool,
     pub(super) closing: bool,
     /// Whole frames may be left in the reader for the next turn.
@@ -74,7 +83,13 @@ pub(super) struct Subscription {
 }
 
 impl Peer {
-    fn new(socket: OwnedFd, remote: String, side: Side, phase: Phase, now: Instant) -> Self {
+    fn new(
+        (socket, remote): (OwnedFd, String),
+        pool: &Pool,
+        side: Side,
+        phase: Phase,
+        now: Instant,
+    ) -> Self {
         Self {
             socket: Arc::new(socket),
             remote,
@@ -83,9 +98,11 @@ impl Peer {
             hello: None,
             subscriptions: Vec::new(),
             paused: false,
-            reader: FrameReader::new(),
+            reader: FrameReader::new(pool.clone()),
             outbox: Outbox::default(),
             receiving: false,
+            fast: false,
+            least: 1,
             sending: false,
             closing: false,
             waiting: false,
@@ -128,7 +145,8 @@ impl Engine {
         if let Err(error) = net::set_nodelay(&socket) {
             tracing::debug!(%error, remote, "small frames may wait");
         }
-        let peer = Peer::new(socket, remote, Side::Source, Phase::Greeting, self.now);
+        let phase = Phase::Greeting;
+        let peer = Peer::new((socket, remote), &self.pool, Side::Source, phase, self.now);
         let key = self.peers.insert(peer);
         self.timers.set(self.now + HANDSHAKE, Timer::Peer(key));
         self.receive(key);
@@ -143,7 +161,8 @@ impl Engine {
         let socket = net::tcp_socket_for(&addr)?;
         net::set_nodelay(&socket)?;
         let side = Side::Replica(region);
-        let peer = Peer::new(socket, addr.to_string(), side, Phase::Connecting, self.now);
+        let ends = (socket, addr.to_string());
+        let peer = Peer::new(ends, &self.pool, side, Phase::Connecting, self.now);
         let op = Op::Connect {
             socket: Arc::clone(&peer.socket),
             addr,
@@ -239,6 +258,12 @@ impl Engine {
             self.submit_send(key, buf, from + sent);
             return;
         }
+        if let SendBuf::Owned(frame) = buf {
+            self.spare.give(frame);
+        }
+        let Some(peer) = self.peers.get_mut(key) else {
+            return;
+        };
         if peer.closing && peer.outbox.is_empty() {
             self.close_peer(key, "all is said");
             return;
@@ -258,6 +283,17 @@ impl Engine {
             return;
         }
         peer.receiving = true;
+        // From a fast sender the rest of a body comes at once: being woken for each
+        // segment of it would cost both sides more than the copy. A slow one's bytes
+        // are taken as they come, since they say that it lives.
+        let least = if peer.fast {
+            peer.reader.missing().max(1)
+        } else {
+            1
+        };
+        if least != peer.least && net::set_least_received(&*peer.socket, least).is_ok() {
+            peer.least = least;
+        }
         let (buf, upto) = peer.reader.take_buffer();
         let op = Op::Recv {
             socket: Arc::clone(&peer.socket),
@@ -278,6 +314,7 @@ impl Engine {
         };
         peer.receiving = false;
         let received = *completion.result.as_ref().unwrap_or(&0) as usize;
+        peer.fast = received >= FAST;
         peer.reader.give_back(buf);
         match completion.result {
             Err(error) => {
@@ -350,7 +387,7 @@ impl Engine {
         self.refuse_peer(key, ErrorCode::Protocol, 0, &reason);
     }
 
-    fn take_frame(&mut self, key: Key, header: Header, body: Vec<u8>) {
+    fn take_frame(&mut self, key: Key, header: Header, body: Buffer) {
         let Some(peer) = self.peers.get(key) else {
             return;
         };
@@ -417,6 +454,10 @@ impl Engine {
         }
         self.timers.set(self.now + PING, Timer::Peer(key));
         if silence >= PING {
+            // Whatever of a body is there says that it lives.
+            if peer.least > 1 && net::set_least_received(&*peer.socket, 1).is_ok() {
+                (peer.fast, peer.least) = (false, 1);
+            }
             peer.pings += 1;
             let ping = Ping { number: peer.pings };
             self.send(key, ping.encode(Kind::Ping));

@@ -5,6 +5,7 @@ use std::time::Duration;
 use super::Engine;
 use super::keys::Key;
 use super::regions::{Body, RegionEntry};
+use crate::limits;
 use crate::replicate::ShipperStatus;
 use crate::sys::process::rss_bytes;
 use crate::wire::control::{NodeStatus, RegionStatus, ReplicaStatus};
@@ -26,6 +27,7 @@ impl Engine {
             uptime_ms: self.started.elapsed().as_millis() as u64,
             listen: self.listen.map(|addr| addr.to_string()),
             rss_bytes: rss_bytes(),
+            buffer_bytes: self.pool.bytes() + self.spare.bytes(),
             connections: (self.controls.len() + self.peers.len()) as u64,
             bytes_sent: self.counters.bytes_sent,
             bytes_received: self.counters.bytes_received,
@@ -41,6 +43,8 @@ impl Engine {
 
     /// Rates, and replicas that stay away too long.
     pub(super) fn sweep(&mut self) {
+        // A sweep is a second.
+        self.pool.trim((limits::STAGING_KEPT_MS / 1000) as u32);
         for key in self.regions.keys() {
             let Some(entry) = self.regions.get_mut(key) else {
                 continue;

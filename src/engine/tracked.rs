@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 use super::regions::Statistics;
 use crate::limits;
 use crate::region::{Control, GuardState};
+use crate::replicate::Coming;
 use crate::sys::process::{EventFd, realtime_ns};
 use crate::track::{
     Capture, Captured, ExtentSet, Interval, PreImages, Source, Step, Tracker, Twin, WhenFull,
@@ -143,6 +144,18 @@ impl Tracked {
         present
     }
 
+    /// The capture under way, if it changes so much that it is shipped while it goes on.
+    pub(super) fn coming(&self, epoch: u64) -> Option<Coming<'_>> {
+        let running = self.capture.as_ref()?;
+        let much = running.capture.changed_bytes() >= limits::EARLY_MIN;
+        much.then(|| Coming {
+            epoch: epoch + 1,
+            source_time_ns: running.source_time_ns,
+            changed: self.twin.changed(),
+            settled: running.capture.settled(self.twin.size()),
+        })
+    }
+
     pub(super) fn is_capturing(&self) -> bool {
         self.capture.is_some()
     }
@@ -263,6 +276,7 @@ impl Tracked {
                     return Some(Step::NoRoom);
                 }
                 Step::Lost(error) => {
+                    pre.give_up_coming();
                     tracing::warn!(error = super::requests::chain(&error), "tracking lost");
                     statistics.full_compares += 1;
                     statistics.last_loss = Some(super::requests::chain(&error));

@@ -11,8 +11,9 @@
 //!   the newest epoch handed to the caller; `epoch <= head` is ignored and acked.
 //! - I2: between two epochs the caller gets nothing of an update, unless the update
 //!   goes in place: then the state is `Syncing` and nothing may be read.
-//! - I3: staged bytes never exceed what START declared, which never exceeds the
-//!   budget; nothing is reserved for a declaration.
+//! - I3: staged bytes never exceed what START declared, nor the budget; nothing is
+//!   reserved for a declaration. A coming epoch, whose START knows only a bound, is
+//!   staged until the budget is used up and goes in place from there on.
 //! - I4: from when a WHOLE update is expected until it is applied, nothing is acked and
 //!   no epoch is claimed.
 
@@ -24,6 +25,7 @@ use crate::checksum::Digest;
 use crate::limits::{
     DIGEST_CHUNK, MAX_DIGESTS_PER_FRAME, MAX_PENDING_EXTENTS, MAX_UNACKED, UPDATE_DEADLINE_MS,
 };
+use crate::sys::buffer::Buffer;
 use crate::units::pages_for;
 use crate::wire::{
     Ack, Base, DigestFrame, EndUpdate, ExtentReader, FLAG_CUT, Header, Kind, RegionInfo, Resync,
@@ -154,8 +156,14 @@ struct Open {
     mode: Mode,
     whole: bool,
     declared: u64,
+    /// Whether `declared` is a bound, since the epoch was not complete at START.
+    coming: bool,
     chunks: u32,
     extents: u64,
+    /// Bytes of memory that its bodies hold.
+    staged: u64,
+    /// Bytes of extents that were handed out to go in place.
+    placed: u64,
     end: u64,
     last_frame: Instant,
 }
@@ -307,8 +315,9 @@ impl Applier {
         &mut self,
         now: Instant,
         header: &Header,
-        body: Vec<u8>,
+        body: impl Into<Buffer>,
     ) -> Result<Applied, ApplyError> {
+        let body = body.into();
         let followed = self.info.map(|info| info.handle);
         if followed != Some(header.region) {
             return Err(ApplyError::NotFollowed {
@@ -594,7 +603,7 @@ impl Applier {
         }
     }
 
-    fn single(&mut self, header: &Header, body: Vec<u8>) -> Result<Applied, ApplyError> {
+    fn single(&mut self, header: &Header, body: Buffer) -> Result<Applied, ApplyError> {
         let (prefix, extents) = UpdatePrefix::decode(header, &body)?;
         let mut reader = ExtentReader::new(extents, self.size, 0);
         reader.try_for_each(|extent| extent.map(|_| ()))?;
@@ -628,7 +637,7 @@ impl Applier {
             Some(_) => Mode::Skip { ack: false },
             // Where nothing can be shown anyway, staging would only cost memory.
             None if self.content != Content::Whole => Mode::InPlace,
-            None if start.total_bytes > self.budget => Mode::InPlace,
+            None if start.total_bytes > self.budget && !start.coming => Mode::InPlace,
             None => Mode::Stage,
         };
         if refused.is_none() {
@@ -639,8 +648,11 @@ impl Applier {
             mode,
             whole: start.prefix.base == Base::Nothing,
             declared: start.total_bytes,
+            coming: start.coming,
             chunks: 0,
             extents: 0,
+            staged: 0,
+            placed: 0,
             end: 0,
             last_frame: now,
         });
@@ -662,9 +674,9 @@ impl Applier {
         &mut self,
         now: Instant,
         header: &Header,
-        body: Vec<u8>,
+        body: Buffer,
     ) -> Result<Applied, ApplyError> {
-        let size = self.size;
+        let (size, budget) = (self.size, self.budget);
         let open = match self.opened(header.epoch) {
             Ok(open) => open,
             Err(applied) => return Ok(applied),
@@ -672,7 +684,8 @@ impl Applier {
         open.last_frame = now;
         let mut reader = ExtentReader::new(&body, size, open.end);
         reader.try_for_each(|extent| extent.map(|_| ()))?;
-        if reader.extent_count() == 0 {
+        // Of a coming epoch it says that the source lives.
+        if reader.extent_count() == 0 && !open.coming {
             return Err(ApplyError::Wire(WireError::Malformed {
                 kind: Kind::UpdateChunk,
                 what: "it has no extents",
@@ -690,19 +703,26 @@ impl Applier {
         if open.extents > MAX_PENDING_EXTENTS + 2 * pages_for(open.declared) + 64 {
             return Ok(self.lose(ResyncReason::TooLarge));
         }
+        let part_bytes = body.capacity() as u64;
         let part = Part { body, from: 0 };
         match open.mode {
             Mode::Skip { .. } => Ok(Applied::Staged),
-            Mode::Stage => {
+            _ if part.body.is_empty() => Ok(Applied::Staged),
+            Mode::Stage if !open.coming || open.staged + part_bytes <= budget => {
+                open.staged += part_bytes;
                 open.update.parts.push(part);
                 Ok(Applied::Staged)
             }
-            Mode::InPlace => {
+            Mode::Stage | Mode::InPlace => {
+                (open.mode, open.staged) = (Mode::InPlace, 0);
+                let mut parts = std::mem::take(&mut open.update.parts);
+                parts.push(part);
                 let piece = Update {
-                    data_bytes: data,
-                    parts: vec![part],
+                    data_bytes: open.update.data_bytes - open.placed,
+                    parts,
                     ..open.update
                 };
+                open.placed = open.update.data_bytes;
                 self.content = Content::Torn;
                 self.enqueue(&piece, false, false);
                 Ok(Applied::InPlace(piece))
@@ -715,12 +735,18 @@ impl Applier {
         if let Err(applied) = self.opened(header.epoch) {
             return Ok(applied);
         }
-        let Some(open) = self.open.take() else {
+        let Some(mut open) = self.open.take() else {
             return Ok(Applied::Staged);
         };
+        if open.coming {
+            // No more than was declared came: each chunk was looked at.
+            open.declared = open.declared.min(end.total_bytes);
+            open.update.kind = end.kind;
+        }
         let whole = open.update.data_bytes == open.declared
             && end.total_bytes == open.declared
-            && end.chunks == open.chunks;
+            && end.chunks == open.chunks
+            && (open.coming || end.kind == EpochKind::Convergent);
         match open.mode {
             Mode::Skip { ack } => {
                 self.ack_due |= ack;

@@ -1,12 +1,15 @@
 //! A checked update, and its way into a replica's memory in bounded steps.
 
+use crate::limits::STREAM_COPY_MIN;
+use crate::sys::buffer::Buffer;
+use crate::sys::copy;
 use crate::wire::{ExtentReader, WireExtent};
 use crate::words::EpochKind;
 
 /// One body as received; its extents begin at `from`.
 #[derive(Clone, Debug)]
 pub(super) struct Part {
-    pub(super) body: Vec<u8>,
+    pub(super) body: Buffer,
     pub(super) from: usize,
 }
 
@@ -82,10 +85,7 @@ impl ApplyJob {
             let mut reader = ExtentReader::new(&body[self.at..], self.update.size, 0);
             let Some(Ok(extent)) = reader.next() else {
                 // The end: an extent that is refused was refused before staging too.
-                *part = Part {
-                    body: Vec::new(),
-                    from: 0,
-                };
+                part.body = Buffer::default();
                 (self.part, self.at, self.done) = (self.part + 1, 0, 0);
                 continue;
             };
@@ -96,7 +96,11 @@ impl ApplyJob {
             let piece = &rest[..rest.len().min(budget)];
             let start = extent.offset as usize + self.done;
             if let Some(out) = dst.get_mut(start..start + piece.len()) {
-                out.copy_from_slice(piece);
+                if self.update.data_bytes >= STREAM_COPY_MIN {
+                    copy::stream(out, piece);
+                } else {
+                    out.copy_from_slice(piece);
+                }
             }
             // An extent's header costs about as much as a cache line of content.
             budget = budget.saturating_sub(piece.len() + 64);
@@ -136,10 +140,10 @@ mod tests {
                 if cut {
                     let next = FrameBuilder::new(Kind::UpdateChunk, 0, 1, 1);
                     let body = std::mem::replace(&mut frame, next).finish();
-                    parts.push(Part { body, from: HEADER_BYTES });
+                    parts.push(Part { body: body.into(), from: HEADER_BYTES });
                 }
             }
-            parts.push(Part { body: frame.finish(), from: HEADER_BYTES });
+            parts.push(Part { body: frame.finish().into(), from: HEADER_BYTES });
             let update = Update {
                 epoch: 1,
                 kind: EpochKind::Cut,

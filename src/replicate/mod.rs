@@ -34,8 +34,8 @@ mod shipper;
 pub use applier::{Applied, Applier, ApplyError, ReplicaState};
 pub use apply::{ApplyJob, Update};
 pub use publication::{
-    CaptureInfo, Out, ProtocolError, Publication, ReplicaKey, ShipperId, ShipperState,
-    ShipperStatus, SubscribeError,
+    CaptureInfo, Coming, Out, ProtocolError, Publication, ReplicaKey, ShipperId, ShipperState,
+    ShipperStatus, Spare, SubscribeError,
 };
 
 #[cfg(test)]

@@ -7,16 +7,17 @@ use std::time::{Duration, Instant};
 
 use crate::checksum::{Digest, digest};
 use crate::limits::{
-    MAX_ACKED_SLOTS, MAX_REPLICAS, PREIMAGE_DIVISOR, PREIMAGE_MIN, RESUME_WINDOW_MS,
+    MAX_ACKED_SLOTS, MAX_BODY, MAX_CHUNK, MAX_REPLICAS, PREIMAGE_DIVISOR, PREIMAGE_MIN,
+    RESUME_WINDOW_MS, SPARE_FRAMES,
 };
 use crate::track::{ExtentSet, PreImages};
 use crate::wire::{
-    Ack, Base, DigestFrame, Header, Kind, RegionInfo, Resync, Subscribe, SyncPlan, UpdatePrefix,
-    WireError,
+    Ack, Base, DigestFrame, HEADER_BYTES, Header, Kind, RegionInfo, Resync, Subscribe, SyncPlan,
+    UpdatePrefix, WireError,
 };
 use crate::words::{EpochKind, Generation};
 
-use super::shipper::{Encoded, Shared, Shipper, single_cost};
+use super::shipper::{Encoded, Shared, Shipper, View, single_cost};
 
 const RESUME_WINDOW: Duration = Duration::from_millis(RESUME_WINDOW_MS);
 
@@ -50,6 +51,51 @@ pub struct CaptureInfo {
     pub kind: EpochKind,
     /// When it was made, nanoseconds of the real-time clock.
     pub source_time_ns: u64,
+}
+
+/// A capture under way, as far as it has got.
+#[derive(Clone, Copy, Debug)]
+pub struct Coming<'a> {
+    /// The epoch that it will be.
+    pub epoch: u64,
+    /// When it began, nanoseconds of the real-time clock; what `CaptureInfo` will say.
+    pub source_time_ns: u64,
+    /// What it has changed so far, or more.
+    pub changed: &'a ExtentSet,
+    /// Below this offset neither `changed` nor the content changes again, unless
+    /// [`PreImages::give_up_coming`] is called first.
+    pub settled: u64,
+}
+
+/// Memory of frames that were sent, for others to be made in: fresh memory costs more
+/// than the bytes that are put into it. At most `SPARE_FRAMES` are kept.
+#[derive(Debug, Default)]
+pub struct Spare(Vec<Vec<u8>>);
+
+impl Spare {
+    /// Takes a frame that is not needed any more; small ones are dropped.
+    pub fn give(&mut self, frame: Vec<u8>) {
+        let fits = (MAX_CHUNK..=2 * MAX_BODY).contains(&(frame.capacity() as u64));
+        if fits && (self.0.len() as u64) < SPARE_FRAMES {
+            self.0.push(frame);
+        }
+    }
+
+    /// Memory for a frame with a body of `body_len` bytes, which it may outgrow.
+    pub(super) fn take(&mut self, body_len: usize) -> Vec<u8> {
+        let kept = self.0.pop();
+        kept.unwrap_or_else(|| Vec::with_capacity(HEADER_BYTES + body_len))
+    }
+
+    /// Bytes that it keeps.
+    pub fn bytes(&self) -> u64 {
+        self.0.iter().map(|frame| frame.capacity() as u64).sum()
+    }
+
+    /// Gives all of it back.
+    pub fn clear(&mut self) {
+        self.0 = Vec::new();
+    }
 }
 
 /// A frame to send.
@@ -229,7 +275,7 @@ impl Publication {
             });
         }
         for shipper in self.shippers.values_mut() {
-            shipper.captured(extents);
+            shipper.captured(info, extents, &mut shared.pre);
         }
     }
 
@@ -305,8 +351,25 @@ impl Publication {
     /// The next frame for one replica; call until `None`, as long as there is room to
     /// send. `None` also for an id that is no more.
     pub fn poll(&mut self, id: ShipperId, now: Instant, content: &[u8]) -> Option<Out> {
+        self.poll_coming(id, now, (content, None), &mut Spare::default())
+    }
+
+    /// The same while a capture that changes much is under way: a replica that is in
+    /// step gets what is settled of the coming epoch at once, so that capturing and
+    /// sending go on side by side. Frames are made in memory from `spare`.
+    pub fn poll_coming(
+        &mut self,
+        id: ShipperId,
+        now: Instant,
+        (content, coming): (&[u8], Option<Coming<'_>>),
+        spare: &mut Spare,
+    ) -> Option<Out> {
         let shipper = self.shippers.get_mut(&id)?;
-        shipper.poll(now, &mut self.shared, content)
+        let view = View {
+            content,
+            coming: coming.filter(|coming| coming.epoch > self.shared.epoch),
+        };
+        shipper.poll(now, &mut self.shared, &view, spare)
     }
 
     /// Whether [`poll`](Self::poll) may have something for the replica. It can still be

@@ -9,16 +9,19 @@
 //! - I1: pending, open and in flight together hold all bytes that differ between the
 //!   acknowledged epoch and the source's epoch now.
 //! - I2: an open update reads through its pin, so that it is its target epoch.
-//! - I3: an update starts only while the content is an epoch, never during a capture.
+//! - I3: an update starts while the content is an epoch; or, of the coming epoch, during
+//!   the capture that makes it. Such a one reads only what the capture has settled, is
+//!   given up if the capture begins anew, and ends after the capture has.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::checksum::Digest;
 use crate::limits::{
     DIGEST_CHUNK, MAX_CHUNK, MAX_EXTENTS_PER_FRAME, MAX_PENDING_EXTENTS, MAX_UNACKED,
+    UPDATE_DEADLINE_MS,
 };
 use crate::track::{ExtentSet, PreImages};
 use crate::units::PAGE_SIZE;
@@ -28,7 +31,18 @@ use crate::wire::{
 };
 use crate::words::{EpochKind, Generation};
 
-use super::publication::{Out, ProtocolError, ReplicaKey, ShipperState};
+use super::publication::{
+    CaptureInfo, Coming, Out, ProtocolError, ReplicaKey, ShipperState, Spare,
+};
+
+/// Longest silence in an update whose capture finds nothing more for a while.
+const SIGN_OF_LIFE: Duration = Duration::from_millis(UPDATE_DEADLINE_MS / 4);
+
+/// What updates are read from.
+pub(super) struct View<'a> {
+    pub(super) content: &'a [u8],
+    pub(super) coming: Option<Coming<'a>>,
+}
 
 /// What all shippers of a region share.
 #[derive(Debug)]
@@ -108,6 +122,25 @@ pub(super) fn single_cost(extents: &ExtentSet) -> Option<Cost> {
     Some(cost)
 }
 
+/// Whether a frame would be full of what `extents` have within `range`.
+fn fills_frame(extents: &ExtentSet, range: Range<u64>) -> bool {
+    let (mut at, mut bytes) = (range.start, 0);
+    for _ in 0..MAX_EXTENTS_PER_FRAME {
+        let Some(found) = extents
+            .next_range(at)
+            .filter(|found| found.start < range.end)
+        else {
+            return false;
+        };
+        bytes += found.end.min(range.end) - found.start;
+        if bytes >= MAX_CHUNK {
+            return true;
+        }
+        at = found.end;
+    }
+    true
+}
+
 #[derive(Debug)]
 struct InFlight {
     epoch: u64,
@@ -124,6 +157,62 @@ struct Open {
     cursor: u64,
     chunks: u32,
     sent: u64,
+    stage: Stage,
+    last_frame: Instant,
+}
+
+/// How much of an open update's epoch is there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// It was complete when the update began.
+    Complete,
+    /// Its capture goes on; `extents` are empty until it ends.
+    Coming,
+    /// Its capture has ended since: the END says the kind.
+    Came(EpochKind),
+}
+
+impl Open {
+    /// The next chunk: what there is between the cursor and `limit`, as far as it fits.
+    fn chunk(
+        &mut self,
+        limit: u64,
+        shared: &mut Shared,
+        view: &View<'_>,
+        spare: &mut Spare,
+    ) -> Vec<u8> {
+        let content = view.content;
+        let extents = match (&view.coming, self.stage) {
+            (Some(coming), Stage::Coming) => coming.changed,
+            _ => &self.extents,
+        };
+        let mut frame = FrameBuilder::reusing(
+            spare.take(MAX_CHUNK.min(shared.size) as usize + 1024),
+            (Kind::UpdateChunk, 0, shared.handle, self.epoch),
+        );
+        let from = self.cursor;
+        while frame.room() > 0
+            && let Some(range) = extents.next_range(self.cursor)
+            && range.start < limit
+        {
+            let end = range.end.min(limit).min(range.start + frame.room());
+            if shared.pre.is_untouched(self.epoch) {
+                let bytes = &content[range.start as usize..end as usize];
+                frame.extent(range.start, bytes);
+            } else {
+                frame.extent_with(range.start, end - range.start, |out| {
+                    shared.pre.read(self.epoch, range.start, out, content);
+                });
+            }
+            self.cursor = end;
+        }
+        self.chunks += 1;
+        self.sent += frame.data_bytes();
+        // What lies before the page of the cursor is not read again.
+        let sent_from = from / PAGE_SIZE * PAGE_SIZE;
+        shared.pre.sent(self.epoch, sent_from..self.cursor);
+        frame.finish()
+    }
 }
 
 #[derive(Debug)]
@@ -224,7 +313,21 @@ impl Shipper {
         }
     }
 
-    pub(super) fn captured(&mut self, extents: &ExtentSet) {
+    /// A capture is complete: the open update of it gets its extents, else they pend.
+    pub(super) fn captured(&mut self, info: CaptureInfo, extents: &ExtentSet, pre: &mut PreImages) {
+        if let Some(open) = self
+            .open
+            .as_mut()
+            .filter(|open| open.stage == Stage::Coming)
+        {
+            let from = open.cursor;
+            if open.epoch == info.epoch && pre.complete(info.epoch, extents, from) {
+                open.stage = Stage::Came(info.kind);
+                open.extents.clone_from(extents);
+                return;
+            }
+            self.close_open(pre);
+        }
         self.pending.union(extents);
     }
 
@@ -402,7 +505,8 @@ impl Shipper {
         &mut self,
         now: Instant,
         shared: &mut Shared,
-        content: &[u8],
+        view: &View<'_>,
+        spare: &mut Spare,
     ) -> Option<Out> {
         if self.gone_since.is_some() {
             return None;
@@ -410,55 +514,56 @@ impl Shipper {
         let out = if std::mem::take(&mut self.announce_info) {
             // A restart always compares, unless there is nothing to compare.
             Out::Owned(self.info(shared, SyncPlan::Digests).encode())
-        } else if let Some(frame) = self.poll_open(now, shared, content) {
+        } else if let Some(frame) = self.poll_open(now, shared, view, spare) {
             Out::Owned(frame)
+        } else if self.open.is_some() {
+            return None;
+        } else if let Some(coming) = &view.coming
+            && shared.busy
+        {
+            Out::Owned(self.poll_coming(now, shared, coming)?)
         } else {
-            self.poll_update(now, shared, content)?
+            self.poll_update(now, shared, view.content)?
         };
         self.bytes_sent += out.as_ref().len() as u64;
         Some(out)
     }
 
     /// The next part of the open update, if there is one that is still whole.
-    fn poll_open(&mut self, now: Instant, shared: &mut Shared, content: &[u8]) -> Option<Vec<u8>> {
+    fn poll_open(
+        &mut self,
+        now: Instant,
+        shared: &mut Shared,
+        view: &View<'_>,
+        spare: &mut Spare,
+    ) -> Option<Vec<u8>> {
         let open = self.open.as_mut()?;
-        if !shared.pre.is_alive(open.epoch) {
+        let is_coming = open.stage == Stage::Coming;
+        if !shared.pre.is_alive(open.epoch) || (is_coming && !shared.busy) {
             self.close_open(&mut shared.pre);
             return None;
         }
-        let mut frame = FrameBuilder::with_capacity(
-            Kind::UpdateChunk,
-            0,
-            shared.handle,
-            open.epoch,
-            MAX_CHUNK.min(shared.size) as usize + 1024,
-        );
-        let from = open.cursor;
-        while frame.room() > 0
-            && let Some(range) = open.extents.next_range(open.cursor)
-        {
-            let len = (range.end - range.start).min(frame.room());
-            if shared.pre.is_untouched(open.epoch) {
-                let bytes = &content[range.start as usize..(range.start + len) as usize];
-                frame.extent(range.start, bytes);
-            } else {
-                frame.extent_with(range.start, len, |out| {
-                    shared.pre.read(open.epoch, range.start, out, content);
-                });
-            }
-            open.cursor = range.start + len;
+        let (extents, limit) = match (&view.coming, is_coming) {
+            (_, false) => (&open.extents, shared.size),
+            (Some(coming), true) if coming.epoch == open.epoch => (coming.changed, coming.settled),
+            _ => return None,
+        };
+        let silent = now.saturating_duration_since(open.last_frame) >= SIGN_OF_LIFE;
+        if is_coming && !silent && !fills_frame(extents, open.cursor..limit) {
+            return None;
         }
-        if frame.data_bytes() > 0 {
-            open.chunks += 1;
-            open.sent += frame.data_bytes();
-            // What lies before the page of the cursor is not read again.
-            let sent_from = from / PAGE_SIZE * PAGE_SIZE;
-            shared.pre.sent(open.epoch, sent_from..open.cursor);
-            return Some(frame.finish());
+        let more = extents.next_range(open.cursor);
+        if more.is_some_and(|range| range.start < limit) || is_coming {
+            open.last_frame = now;
+            return Some(open.chunk(limit, shared, view, spare));
         }
         let end = EndUpdate {
             chunks: open.chunks,
             total_bytes: open.sent,
+            kind: match open.stage {
+                Stage::Came(kind) => kind,
+                _ => EpochKind::Convergent,
+            },
         };
         let open = self.unpin(&mut shared.pre)?;
         let frame = end.encode(shared.handle, open.epoch);
@@ -480,6 +585,43 @@ impl Shipper {
             extents,
             weight,
         });
+    }
+
+    /// The START of the coming epoch, for a replica that lacks nothing else.
+    fn poll_coming(
+        &mut self,
+        now: Instant,
+        shared: &mut Shared,
+        coming: &Coming<'_>,
+    ) -> Option<Vec<u8>> {
+        let base = self.shipped.filter(|base| *base == shared.epoch)?;
+        let in_step = self.digesting.is_none() && !self.announce_epoch && self.pending.is_empty();
+        if !in_step
+            || !self.window_open()
+            || !UpdatePrefix::can_name(base, coming.epoch)
+            || !fills_frame(coming.changed, 0..coming.settled)
+        {
+            return None;
+        }
+        shared.pre.pin_coming(coming.epoch).ok()?;
+        let start = StartUpdate {
+            prefix: UpdatePrefix {
+                base: Base::Epoch(base),
+                source_time_ns: coming.source_time_ns,
+            },
+            total_bytes: shared.size,
+            coming: true,
+        };
+        self.open = Some(Open {
+            epoch: coming.epoch,
+            extents: ExtentSet::new(shared.size),
+            cursor: 0,
+            chunks: 0,
+            sent: 0,
+            stage: Stage::Coming,
+            last_frame: now,
+        });
+        Some(start.encode(shared.handle, coming.epoch, EpochKind::Convergent))
     }
 
     /// A new update: a SINGLE, or the START of one in parts.
@@ -529,6 +671,7 @@ impl Shipper {
         let start = StartUpdate {
             prefix: shared.prefix(base),
             total_bytes: extents.bytes(),
+            coming: false,
         };
         self.open = Some(Open {
             epoch: shared.epoch,
@@ -536,6 +679,8 @@ impl Shipper {
             cursor: 0,
             chunks: 0,
             sent: 0,
+            stage: Stage::Complete,
+            last_frame: now,
         });
         Some(Out::Owned(start.encode(
             shared.handle,

@@ -11,8 +11,8 @@ use crate::limits::{
 use crate::track::{ExtentSet, WhenFull};
 use crate::units::PAGE_SIZE;
 use crate::wire::{
-    Ack, DigestFrame, FLAG_CUT, FLAG_WHOLE, FrameBuilder, HEADER_BYTES, Header, Kind, RegionInfo,
-    Resync, ResyncReason, StartUpdate, Subscribe, SyncPlan, check_body, parse_header,
+    Ack, DigestFrame, FLAG_COMING, FLAG_CUT, FLAG_WHOLE, FrameBuilder, HEADER_BYTES, Header, Kind,
+    RegionInfo, Resync, ResyncReason, StartUpdate, Subscribe, SyncPlan, check_body, parse_header,
 };
 use crate::words::{EpochKind, Generation};
 
@@ -428,6 +428,52 @@ fn above_the_budget_an_update_goes_in_place() {
 }
 
 #[test]
+fn a_coming_epoch_is_staged_up_to_the_budget_and_ends_as_what_it_is() {
+    const SIZE: u64 = 1 << 20;
+    for (budget, in_place) in [(BUDGET, 0), (400_000, 3)] {
+        let mut pair = Pair::new(SIZE, budget);
+        pair.publication.set_busy(true);
+        pair.content.fill(7);
+        let all = ExtentSet::all(SIZE);
+        let mut placed = 0;
+        for settled in [MAX_CHUNK - 1, MAX_CHUNK, 2 * MAX_CHUNK + 9, SIZE] {
+            let coming = Coming {
+                epoch: 2,
+                source_time_ns: 4,
+                changed: &all,
+                settled,
+            };
+            let (id, now) = (pair.id, pair.now);
+            while let Some(out) = pair.publication.poll_coming(
+                id,
+                now,
+                (&pair.content, Some(coming)),
+                &mut Spare::default(),
+            ) {
+                assert!(settled >= MAX_CHUNK, "nothing but full frames");
+                let applied = pair.take(out.as_ref());
+                placed += u64::from(matches!(applied, Applied::InPlace(_)));
+                pair.apply(applied);
+            }
+            assert!(pair.poll().is_none(), "nothing without the capture");
+        }
+        assert_eq!((pair.applier.have_epoch(), placed), (Some(1), in_place));
+        let info = CaptureInfo {
+            epoch: 2,
+            kind: EpochKind::Cut,
+            source_time_ns: 4,
+        };
+        pair.publication.captured(info, &all, &pair.content);
+        let frames = pair.poll_all();
+        let applied = pair.take(&frames[0]);
+        assert!(matches!(&applied, Applied::Apply(u) if u.kind == EpochKind::Cut));
+        pair.apply(applied);
+        pair.settle();
+        pair.assert_equal();
+    }
+}
+
+#[test]
 fn an_update_that_was_given_up_starts_again() {
     let size = 64 * PAGE_SIZE + 5;
     let mut pair = Pair::new(size.max(MAX_CHUNK * 2), BUDGET);
@@ -561,6 +607,7 @@ fn what_the_source_may_not_claim() {
             source_time_ns: 0,
         },
         total_bytes: (1 << 16) + 1,
+        coming: false,
     };
     let (header, body) = parse(&start.encode(7, 2, EpochKind::Cut));
     assert!(matches!(
@@ -577,10 +624,10 @@ fn what_the_source_may_not_claim() {
 /// A frame about region 7 out of small numbers, so that many of them fit together.
 fn any_frame() -> impl Strategy<Value = (Header, Vec<u8>)> {
     let extents = proptest::collection::vec((0u64..5_000, 0u32..40), 0..4);
-    (0usize..15, 0u16..4, 0u64..6, 0u32..4, 0u64..9_000, extents).prop_map(
+    (0usize..15, 0u16..8, 0u64..6, 0u32..4, 0u64..9_000, extents).prop_map(
         |(kind, flags, epoch, small, total, extents)| {
             let kind = Kind::ALL[kind];
-            let flags = flags & (FLAG_CUT | FLAG_WHOLE);
+            let flags = flags & (FLAG_CUT | FLAG_WHOLE | FLAG_COMING);
             let mut frame = FrameBuilder::new(kind, 0, 7, epoch);
             match kind {
                 Kind::SingleUpdate | Kind::StartUpdate => {

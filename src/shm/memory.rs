@@ -218,7 +218,7 @@ unsafe fn copy_bytes(from: *const u8, to: *mut u8, len: usize) {
 /// # Safety
 /// `from` is readable and `to` writable for `len` bytes; they do not overlap.
 #[cfg(not(target_arch = "x86_64"))]
-unsafe fn copy_bytes(from: *const u8, to: *mut u8, len: usize) {
+pub(super) unsafe fn copy_bytes(from: *const u8, to: *mut u8, len: usize) {
     use std::sync::atomic::{AtomicU8, Ordering::Relaxed};
     let together = (from as usize) % 8 == (to as usize) % 8;
     let mut at = 0;

@@ -10,6 +10,8 @@
 mod memory;
 #[cfg(not(loom))]
 mod owned;
+#[cfg(not(loom))]
+mod page;
 pub mod seqlock;
 pub mod sync;
 
@@ -17,3 +19,5 @@ pub mod sync;
 pub use memory::{SharedMemory, WriteError};
 #[cfg(not(loom))]
 pub use owned::OwnedMemory;
+#[cfg(not(loom))]
+pub use page::{Ahead, BLOCK};

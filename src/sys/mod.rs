@@ -13,6 +13,8 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
+pub mod buffer;
+pub mod copy;
 #[cfg(test)]
 mod facts;
 pub mod futex;

@@ -240,6 +240,26 @@ pub fn set_nodelay(fd: impl AsFd) -> Result<(), SysError> {
     setsockopt(&fd, sockopt::TcpNoDelay, &true).map_err(|e| SysError::new("TCP_NODELAY", e))
 }
 
+/// Lets a receive that waits be woken only when `bytes` are there, or no more can come.
+///
+/// # Errors
+/// Whatever `setsockopt` says.
+pub fn set_least_received(fd: impl AsFd, bytes: usize) -> Result<(), SysError> {
+    let bytes = i32::try_from(bytes).unwrap_or(i32::MAX);
+    // SAFETY: required: an integer of the length given. It lives on this stack, and the
+    // kernel only reads it during the call.
+    let answer = unsafe {
+        nix::libc::setsockopt(
+            fd.as_fd().as_raw_fd(),
+            nix::libc::SOL_SOCKET,
+            nix::libc::SO_RCVLOWAT,
+            std::ptr::from_ref(&bytes).cast(),
+            size_of::<i32>() as u32,
+        )
+    };
+    check("SO_RCVLOWAT", answer.into()).map(|_| ())
+}
+
 /// Asks the kernel for socket buffers of `bytes` each way (it doubles the number
 /// and caps it); `None` leaves one alone.
 ///

@@ -495,7 +495,7 @@ fn io_uring() -> Tried {
     let (a, b) = net::unix_pair()?;
     let recv = Op::Recv {
         socket: Arc::new(b),
-        buf: Vec::with_capacity(8),
+        buf: Vec::with_capacity(8).into(),
         upto: 8,
     };
     ring.submit(2, recv)?;

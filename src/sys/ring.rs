@@ -37,6 +37,7 @@ use io_uring::{IoUring, opcode};
 use slab::Slab;
 
 use super::SysError;
+use super::buffer::Buffer;
 
 /// Most operations in flight in one ring.
 pub const MAX_IN_FLIGHT: usize = 65_536;
@@ -93,7 +94,7 @@ pub enum Op {
         /// A connected, blocking socket.
         socket: Arc<OwnedFd>,
         /// Where the bytes go: into its spare capacity, which is not written before.
-        buf: Vec<u8>,
+        buf: Buffer,
         /// Length that `buf` has at most afterwards; no more than its capacity.
         upto: usize,
     },
@@ -461,10 +462,8 @@ fn entry_for(op: &mut InFlight) -> Entry {
             opcode::Connect::new(fd_of(socket), address, len as u32).build()
         }
         Op::Recv { socket, buf, upto } => {
-            let len = buf.len();
-            let part = &mut buf.spare_capacity_mut()[..*upto - len];
-            let part = part as *mut [std::mem::MaybeUninit<u8>] as *mut [u8];
-            opcode::Recv::new(fd_of(socket), part.cast(), length(part.len())).build()
+            let room = *upto - buf.len();
+            opcode::Recv::new(fd_of(socket), buf.end_ptr(), length(room)).build()
         }
         Op::Send { socket, buf, from } => {
             let part = &buf.as_ref()[*from..];
@@ -498,10 +497,10 @@ fn completion(mut done: InFlight, answer: i32) -> Completion {
     if let (Op::Recv { buf, .. }, Ok(count)) = (&mut done.op, &result) {
         let len = buf.len() + *count as usize;
         assert!(len <= buf.capacity(), "the kernel wrote what it was given");
-        // SAFETY: required: the bytes up to `len` are initialised and within the
-        // capacity. The kernel wrote `count` bytes behind the old length, into memory
-        // that nobody else touched (I1); the bound was just checked.
-        unsafe { buf.set_len(len) };
+        // SAFETY: required: `count` bytes behind the old length are initialised and within
+        // the capacity. The kernel wrote them, into memory that nobody else touched
+        // (I1); the bound was just checked.
+        unsafe { buf.grow(*count as usize) };
     }
     Completion {
         token: done.token,

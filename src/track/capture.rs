@@ -1,7 +1,8 @@
 //! One capture: dirty pages -> byte diff against the twin -> extents.
 //!
 //! ```text
-//! async    scan and protect a span -> copy its written pages once -> diff -> twin
+//! async    scan and protect a span -> copy and compare its written pages in one pass
+//!          -> diff of the blocks that differ -> twin
 //! manual   drained marks -> copy exactly those bytes -> twin
 //! compare  walk the file's data, and the twin's pages outside of it, -> diff -> twin
 //! ```
@@ -26,20 +27,27 @@ use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::attachment::{ARM_SPAN, ESRCH};
+use super::diff::{changed_blocks, diff_blocks};
 use super::{
-    DIFF_GAP, ExtentSet, NoRoom, PAGE, PreImages, Source, TrackError, Tracker, Twin, WhenFull, diff,
+    DIFF_GAP, ExtentSet, NoRoom, PAGE, PreImages, Source, TrackError, Tracker, Twin, WhenFull,
 };
 use crate::limits::CAPTURE_STEP_PAGES;
+use crate::shm::Ahead;
 use crate::sys::pagemap::Then;
 use crate::units::{GIB, MIB, PAGE_SIZE, page_of, pages_for};
 
-/// Bytes copied at once: the copy, its twin and the diff stay in the first-level
-/// cache.
+/// Bytes read at once by a comparison: the copy, its twin and the diff stay in the
+/// first-level cache.
 const BATCH: usize = 4 * PAGE;
 /// Bytes looked at by one scan: 0.3 ms where nothing was written.
 const SCAN_SPAN: u64 = GIB;
 /// Ranges taken from one scan.
-const SCAN_RANGES: usize = 512;
+const SCAN_RANGES: usize = 1024;
+/// Pages taken from one scan, some 35 us: each call that protects interrupts the
+/// processors on which the writer runs.
+pub(super) const SCAN_PAGES: u64 = 1024;
+/// Pages that are protected in the time that one is copied and compared in.
+const PROTECTED_PER_PAGE: u64 = 16;
 /// Clean pages that cost a scan as much as one copied page costs a capture.
 const SCANNED_PER_PAGE: u64 = SCAN_SPAN / PAGE_SIZE / CAPTURE_STEP_PAGES;
 /// Pages that arming one span counts for.
@@ -79,13 +87,15 @@ pub enum Step {
 /// One capture in progress, advanced in bounded steps.
 ///
 /// Memory: 16 bytes for each changed run up to the bound of [`ExtentSet`], then
-/// one bit per page, both in the twin; some hundred work items.
+/// one bit per page, both in the twin; some thousand work items.
 #[derive(Debug)]
 pub struct Capture {
     marks: VecDeque<Range<u64>>,
     work: VecDeque<Range<u64>>,
     phase: Phase,
     buffer: Box<[u8; BATCH]>,
+    /// Data of the file as it was found last: to find its end costs time for each page.
+    data: Range<u64>,
     scratch: Vec<Range<u64>>,
     /// Found in this step, ascending; noted in the twin when it ends.
     runs: Vec<Range<u64>>,
@@ -173,6 +183,7 @@ impl Capture {
             work: VecDeque::new(),
             phase,
             buffer: Box::new([0; BATCH]),
+            data: 0..0,
             scratch: Vec::new(),
             runs: Vec::new(),
             dirty_pages: 0,
@@ -211,6 +222,29 @@ impl Capture {
             Err(Stop::NoRoom) => Step::NoRoom,
             Err(Stop::Lost(error)) => Step::Lost(error),
         }
+    }
+
+    /// Bytes of the runs found so far.
+    pub fn changed_bytes(&self) -> u64 {
+        self.changed_bytes
+    }
+
+    /// Below this offset the twin does not change again, nor what it notes as changed,
+    /// unless the capture is lost.
+    pub fn settled(&self, size: u64) -> u64 {
+        let next = match &self.phase {
+            Phase::Scan { at } => *at,
+            Phase::Compare(walk) => walk.at,
+            Phase::Finished => size,
+        };
+        let work = self.work.front().map_or(next, |work| work.start.min(next));
+        let mark = match (self.marks.front(), &self.phase) {
+            (None, _) => size,
+            (Some(mark), Phase::Finished) => mark.start,
+            // Pages are looked at once more after the marks.
+            (Some(_), _) => 0,
+        };
+        work.min(mark).min(size)
     }
 
     fn advance(&mut self, turn: &mut Turn<'_>) -> Result<bool, Stop> {
@@ -268,20 +302,46 @@ impl Capture {
         Ok(())
     }
 
-    /// Captures up to a batch of written pages, and puts the rest back.
+    /// Captures written pages until the turn is over, and puts the rest back.
     fn take_work(&mut self, turn: &mut Turn<'_>, range: Range<u64>) -> Result<(), Stop> {
-        let batch = (BATCH as u64).min(turn.left * PAGE_SIZE);
-        let end = range.end.min(range.start + batch);
-        if let Err(error) = turn.source.copy(range.start, self.slot(range.start..end)) {
-            self.work.push_front(range);
-            return Err(error.into());
+        let mut at = range.start;
+        let mut result = Ok(());
+        while at < range.end && turn.left > 0 && result.is_ok() {
+            let end = range.end.min(at + PAGE_SIZE);
+            let next = if end < range.end {
+                Some(end)
+            } else {
+                self.work.front().map(|range| range.start)
+            };
+            result = self.take_page(turn, at..end, next);
+            if result.is_ok() {
+                turn.left -= 1;
+                self.dirty_pages += 1;
+                at = end;
+            }
         }
-        let (done, result) = self.absorb(turn, range.start..end);
-        if done.stop < range.end {
-            self.work.push_front(done.stop..range.end);
+        if at < range.end {
+            self.work.push_front(at..range.end);
         }
-        self.dirty_pages += pages_for(done.stop - range.start);
         result
+    }
+
+    /// Captures one page; the one at `next` is the next.
+    fn take_page(
+        &mut self,
+        turn: &mut Turn<'_>,
+        bytes: Range<u64>,
+        next: Option<u64>,
+    ) -> Result<(), Stop> {
+        let ahead = next.map(|offset| Ahead {
+            offset,
+            old: turn.twin.page(page_of(offset)),
+        });
+        let old = turn.twin.page(page_of(bytes.start));
+        let new = &mut self.buffer[..(bytes.end - bytes.start) as usize];
+        let blocks = turn.source.copy_changed(bytes.start, new, old, ahead)?;
+        self.absorb_page(turn, bytes, 0, blocks)?;
+        Ok(())
     }
 
     fn slot(&mut self, bytes: Range<u64>) -> &mut [u8] {
@@ -296,7 +356,10 @@ impl Capture {
         };
         while done.stop < bytes.end {
             let end = bytes.end.min(done.stop + PAGE_SIZE);
-            match self.absorb_page(turn, done.stop, (done.stop - bytes.start) as usize, end) {
+            let place = (done.stop - bytes.start) as usize;
+            let new = &self.buffer[place..place + (end - done.stop) as usize];
+            let blocks = changed_blocks(turn.twin.page(page_of(done.stop)), new);
+            match self.absorb_page(turn, done.stop..end, place, blocks) {
                 Ok(changed) => done.changed += u64::from(changed),
                 Err(full) => return (done, Err(full.into())),
             }
@@ -306,22 +369,23 @@ impl Capture {
         (done, Ok(()))
     }
 
-    /// Whether the page at `at`, which stands at `place` in the buffer, had changed.
+    /// Moves the changed `blocks` of a page, which stands at `place` in the buffer, into
+    /// the twin; whether anything had changed.
     fn absorb_page(
         &mut self,
         turn: &mut Turn<'_>,
-        at: u64,
+        bytes: Range<u64>,
         place: usize,
-        end: u64,
+        blocks: u64,
     ) -> Result<bool, NoRoom> {
-        let page = page_of(at);
-        let new = &self.buffer[place..place + (end - at) as usize];
-        let old = turn.twin.page(page);
-        self.scratch.clear();
-        diff(old, new, at, DIFF_GAP, &mut self.scratch);
-        if self.scratch.is_empty() {
+        if blocks == 0 {
             return Ok(false);
         }
+        let (page, at) = (page_of(bytes.start), bytes.start);
+        let new = &self.buffer[place..place + (bytes.end - at) as usize];
+        let old = turn.twin.page(page);
+        self.scratch.clear();
+        diff_blocks(old, new, blocks, at, DIFF_GAP, &mut self.scratch);
         turn.pre.before_change(page, old, turn.when_full)?;
         for run in &self.scratch {
             let from = place + (run.start - at) as usize;
@@ -373,7 +437,7 @@ impl Capture {
                 base + end,
                 &mut self.scratch,
                 SCAN_RANGES,
-                turn.left,
+                SCAN_PAGES,
                 Then::Protect,
             )
             .map_err(|source| match source.raw_os_error() {
@@ -384,17 +448,20 @@ impl Capture {
         if reached <= at {
             return Err(TrackError::NoProgress { offset: at }.into());
         }
+        let mut found = 0;
         for range in &self.scratch {
             let start = range.start.saturating_sub(base).max(at);
             let stop = range.end.saturating_sub(base).min(reached).min(size);
             if start < stop {
-                advise_huge(turn, start..stop)?;
+                advise_huge(turn, &mut self.data, start..stop)?;
+                found += pages_for(stop - start);
                 self.work.push_back(start..stop);
             }
         }
         let scanned = pages_for(reached - at);
         self.scanned_pages += scanned;
-        turn.left = turn.left.saturating_sub(scanned / SCANNED_PER_PAGE);
+        let cost = scanned / SCANNED_PER_PAGE + found / PROTECTED_PER_PAGE;
+        turn.left = turn.left.saturating_sub(cost);
         self.phase = Phase::Scan { at: reached };
         if reached >= attachment.len {
             // A process that has exited may scan as clean.
@@ -423,7 +490,9 @@ impl Capture {
             let data = turn.source.next_data(at)?.unwrap_or(limit..limit);
             walk.data = data.start / PAGE_SIZE * PAGE_SIZE..data.end.max(data.start + 1);
             walk.data.start = walk.data.start.clamp(at, limit);
-            walk.data.end = walk.data.end.clamp(walk.data.start, limit);
+            // A run that begins before the limit is known to its end, wherever that is.
+            let most = if walk.data.start < limit { size } else { limit };
+            walk.data.end = walk.data.end.clamp(walk.data.start, most);
             turn.twin.advise_huge(walk.data.clone());
             turn.left -= 1;
         }
@@ -476,15 +545,21 @@ impl Capture {
 }
 
 /// Asks for huge pages of the twin where written pages begin to fill a span that is
-/// wholly data.
-fn advise_huge(turn: &Turn<'_>, written: Range<u64>) -> Result<(), TrackError> {
+/// wholly data. `data` is the run of data that was found last.
+fn advise_huge(
+    turn: &Turn<'_>,
+    data: &mut Range<u64>,
+    written: Range<u64>,
+) -> Result<(), TrackError> {
     let mut start = written.start / HUGE_SPAN * HUGE_SPAN;
     while start < written.end {
         let end = start + HUGE_SPAN;
         let touched = turn.twin.touched().next_in(page_of(start)..page_of(end));
         if end <= turn.twin.size() && touched.is_none() {
-            let data = turn.source.next_data(start)?;
-            if data.is_some_and(|data| data.start == start && data.end >= end) {
+            if start < data.start || data.end < end {
+                *data = turn.source.next_data(start)?.unwrap_or(0..0);
+            }
+            if data.start <= start && end <= data.end {
                 turn.twin.advise_huge(start..end);
             }
         }
@@ -529,8 +604,11 @@ impl Walk {
             }
             Err(error) => Err(error),
             Ok(()) => {
-                // What was a hole may have become data before it was protected.
-                self.data = 0..0;
+                // What was a hole may have become data before it was protected; data
+                // stays data, and to find its end again costs time for each page of it.
+                if !self.data.contains(&self.at) {
+                    self.data = 0..0;
+                }
                 self.armed = Some(armed + len);
                 turn.left = turn.left.saturating_sub(ARM_COST).max(1);
                 Ok(armed + len)

@@ -364,7 +364,8 @@ fn without_room_nothing_is_lost_and_open_updates_stay_whole() {
 
 #[test]
 fn a_capture_that_is_lost_loses_no_extent() {
-    let pages = 3 * crate::limits::CAPTURE_STEP_PAGES;
+    // More than one scan takes.
+    let pages = 2 * capture::SCAN_PAGES;
     let Some(mut bench) = Bench::new(pages * PAGE_SIZE, Mode::Async) else {
         return;
     };

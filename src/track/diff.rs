@@ -1,18 +1,20 @@
 //! The byte diff of a page against its twin.
 //!
-//! Blocks of 64 bytes are compared first, so that equal data costs what a
-//! comparison of memory costs, and the changed 8-byte words of the others are
-//! counted, so that data that changed altogether is one range at once. Else the
-//! changed blocks are looked at again, from the cache, word by word; the ends of a
-//! run are exact to the byte.
+//! Which blocks of 64 bytes differ is known first (where the page was copied they were
+//! compared in the same pass), so that equal data costs what a comparison of memory
+//! costs. The changed 8-byte words of the others are counted, so that data that
+//! changed altogether is one range at once. Else the changed blocks are looked at
+//! again, from the cache, word by word; the ends of a run are exact to the byte.
 
 use std::ops::Range;
+
+use super::PAGE;
+use crate::shm::BLOCK;
 
 /// Equal bytes between two changed runs up to which they count as one: an extent
 /// of its own costs 12 bytes on the wire and a step of the applier.
 pub const DIFF_GAP: usize = 16;
 
-const BLOCK: usize = 64;
 const WORD: usize = 8;
 
 /// Appends where `new` differs from `old` to `out`, as ascending ranges.
@@ -24,41 +26,70 @@ const WORD: usize = 8;
 /// words changed, the whole slice is one range.
 ///
 /// # Panics
-/// If the slices differ in length.
+/// If the slices differ in length, or are longer than a page.
 pub fn diff(old: &[u8], new: &[u8], base: u64, gap: usize, out: &mut Vec<Range<u64>>) {
+    diff_blocks(old, new, changed_blocks(old, new), base, gap, out);
+}
+
+/// Which blocks of [`BLOCK`] bytes differ, the last of which may be shorter: bit `i`
+/// for block `i`.
+///
+/// # Panics
+/// As for [`diff`].
+pub(super) fn changed_blocks(old: &[u8], new: &[u8]) -> u64 {
     assert_eq!(old.len(), new.len(), "a diff compares equal lengths");
-    let most = old.len().div_ceil(WORD) / 2;
+    assert!(old.len() <= PAGE, "a diff compares a page at most");
+    let (old_blocks, old_rest) = old.as_chunks::<BLOCK>();
+    let (new_blocks, new_rest) = new.as_chunks::<BLOCK>();
+    let mut changed = 0;
+    for (block, (a, b)) in old_blocks.iter().zip(new_blocks).enumerate() {
+        changed |= u64::from(a != b) << block;
+    }
+    if old_rest != new_rest {
+        changed |= 1 << old_blocks.len();
+    }
+    changed
+}
+
+/// As [`diff`], of slices that differ in `blocks` at most.
+pub(super) fn diff_blocks(
+    old: &[u8],
+    new: &[u8],
+    blocks: u64,
+    base: u64,
+    gap: usize,
+    out: &mut Vec<Range<u64>>,
+) {
+    if blocks == 0 {
+        return;
+    }
     let mut runs = Runs {
         base,
         gap: gap as u64,
         out,
     };
-    let (old_blocks, old_rest) = old.as_chunks::<BLOCK>();
-    let (new_blocks, new_rest) = new.as_chunks::<BLOCK>();
-    let mut changed = changed_words(old_rest, new_rest);
-    for (a, b) in old_blocks.iter().zip(new_blocks) {
-        if a != b {
-            changed += changed_words(a, b);
-            if changed > most {
-                return runs.push(0, new.len());
-            }
+    let most = old.len().div_ceil(WORD) / 2;
+    let mut changed = 0;
+    for at in starts(blocks) {
+        let end = new.len().min(at + BLOCK);
+        changed += changed_words(&old[at..end], &new[at..end]);
+        if changed > most {
+            return runs.push(0, new.len());
         }
     }
-    if changed == 0 {
-        return;
+    for at in starts(blocks) {
+        let end = new.len().min(at + BLOCK);
+        block_runs(&old[at..end], &new[at..end], at, gap, &mut runs);
     }
-    if changed > most {
-        return runs.push(0, new.len());
-    }
-    for (index, (a, b)) in old_blocks.iter().zip(new_blocks).enumerate() {
-        if a != b {
-            block_runs(a, b, index * BLOCK, gap, &mut runs);
-        }
-    }
-    if old_rest != new_rest {
-        let at = old_blocks.len() * BLOCK;
-        block_runs(old_rest, new_rest, at, gap, &mut runs);
-    }
+}
+
+/// Where the blocks begin whose bits are set.
+fn starts(mut blocks: u64) -> impl Iterator<Item = usize> {
+    std::iter::from_fn(move || {
+        let block = (blocks != 0).then(|| blocks.trailing_zeros() as usize)?;
+        blocks &= blocks - 1;
+        Some(block * BLOCK)
+    })
 }
 
 /// How many words differ, a rest of less than a word counted as one.

@@ -66,6 +66,9 @@ struct Pin {
     target: u64,
     users: u32,
     alive: bool,
+    /// Whether the target is not complete yet: nothing is copied aside for it, since
+    /// what was read of it stays as it is.
+    coming: bool,
     /// Pages that may still be read at the target epoch.
     needed: Bitmap,
     copies: HashMap<u64, Arc<[u8]>>,
@@ -107,10 +110,50 @@ impl PreImages {
             target: target_epoch,
             users: 1,
             alive: true,
+            coming: false,
             needed: extents.pages(),
             copies: HashMap::new(),
         });
         Ok(())
+    }
+
+    /// Holds a place for `target_epoch`, which a capture is still making. Its users read
+    /// from the content what that capture will not change again; once it is complete
+    /// they call [`complete`](Self::complete).
+    ///
+    /// # Errors
+    /// As [`pin`](Self::pin).
+    pub fn pin_coming(&mut self, target_epoch: u64) -> Result<(), Full> {
+        self.pin(target_epoch, &ExtentSet::new(self.size))?;
+        let pin = self.pins.iter_mut().find(|pin| pin.target == target_epoch);
+        if let Some(pin) = pin {
+            pin.coming = true;
+        }
+        Ok(())
+    }
+
+    /// The capture of `target` is complete and is the content now: of `extents` what
+    /// lies at `from` or behind is still to be read. False if the target was given up.
+    pub fn complete(&mut self, target: u64, extents: &ExtentSet, from: u64) -> bool {
+        let pin = self.pins.iter_mut().find(|pin| pin.target == target);
+        let Some(pin) = pin.filter(|pin| pin.alive) else {
+            return false;
+        };
+        pin.coming = false;
+        let mut at = from;
+        while let Some(range) = extents.next_range(at) {
+            pin.needed
+                .insert_range(page_of(range.start)..pages_for(range.end));
+            at = range.end;
+        }
+        true
+    }
+
+    /// The capture begins anew: what was read of the coming epoch may change again.
+    pub fn give_up_coming(&mut self) {
+        for pin in self.pins.iter_mut().filter(|pin| pin.coming) {
+            (pin.alive, pin.coming) = (false, false);
+        }
     }
 
     /// One user of `target` is done; the last one frees what was put aside.
@@ -407,6 +450,27 @@ mod tests {
         assert_eq!(pre.pin(5, &pages_set(&[4])), Err(Full));
         pre.unpin(5);
         assert!(!pre.is_alive(5));
+    }
+
+    #[test]
+    fn a_coming_target_takes_nothing_until_it_is_complete() {
+        let mut content = vec![1u8; SIZE];
+        let mut pre = PreImages::new(SIZE as u64, SIZE as u64);
+        pre.pin_coming(5).unwrap();
+        change(&mut pre, &mut content, 3, 9, WhenFull::PutOff).unwrap();
+        assert_eq!(pre.used_bytes(), 0);
+        assert!(pre.complete(5, &pages_set(&[3, 4]), 4 * PAGE_SIZE));
+        change(&mut pre, &mut content, 3, 8, WhenFull::PutOff).unwrap();
+        assert_eq!(pre.used_bytes(), 0, "it was read before");
+        change(&mut pre, &mut content, 4, 8, WhenFull::PutOff).unwrap();
+        assert_eq!(pre.used_bytes(), PAGE_SIZE);
+        pre.give_up_coming();
+        assert!(pre.is_alive(5), "it came");
+        pre.pin_coming(6).unwrap();
+        pre.give_up_coming();
+        assert!(!pre.is_alive(6) && !pre.complete(6, &pages_set(&[1]), 0));
+        pre.unpin(6);
+        assert!(pre.pin_coming(6).is_ok());
     }
 
     #[test]

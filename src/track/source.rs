@@ -3,8 +3,9 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 
-use super::TrackError;
-use crate::shm::SharedMemory;
+use super::diff::changed_blocks;
+use super::{PAGE, TrackError};
+use crate::shm::{Ahead, SharedMemory};
 use crate::sys::memfd;
 
 /// A region's live content, which its writer may change at any moment.
@@ -43,6 +44,27 @@ impl Source {
             Self::Mapped { memory, .. } => Ok(memory.read(offset, out)?),
             Self::File { .. } => self.read(offset, out),
         }
+    }
+
+    /// Copies a page that is known to be allocated, or what the region has of its last
+    /// one, and says which of its blocks differ from `old`. `ahead` comes next.
+    pub(super) fn copy_changed(
+        &self,
+        offset: u64,
+        out: &mut [u8],
+        old: &[u8],
+        ahead: Option<Ahead<'_>>,
+    ) -> Result<u64, TrackError> {
+        if let Self::Mapped { memory, .. } = self
+            && let (Ok(out), Ok(old)) = (
+                <&mut [u8; PAGE]>::try_from(&mut *out),
+                <&[u8; PAGE]>::try_from(old),
+            )
+        {
+            return Ok(memory.read_changed(offset, out, old, ahead)?);
+        }
+        self.copy(offset, out)?;
+        Ok(changed_blocks(old, out))
     }
 
     /// Reads bytes through the file, which allocates nothing; zeros behind its end.

@@ -92,6 +92,11 @@ impl Twin {
         self.changed.extend_sorted(runs);
     }
 
+    /// What the capture under way has changed so far.
+    pub fn changed(&self) -> &ExtentSet {
+        &self.changed
+    }
+
     /// What captures have changed since this was asked last.
     pub(super) fn take_changed(&mut self) -> ExtentSet {
         let empty = ExtentSet::new(self.size());

@@ -299,6 +299,9 @@ pub struct NodeStatus {
     pub listen: Option<String>,
     /// Memory of the process, in bytes.
     pub rss_bytes: u64,
+    /// Bytes of it that are kept to receive and send bulk in, used now or not.
+    #[serde(default)]
+    pub buffer_bytes: u64,
     /// Open connections of all kinds.
     pub connections: u64,
     /// Bytes sent to other nodes.

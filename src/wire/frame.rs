@@ -21,7 +21,9 @@ pub const FLAG_CUT: u16 = 1;
 /// Flag of an update: it makes the replica whole whatever epoch it had before
 /// (first sync, or the differing chunks after a comparison by digest).
 pub const FLAG_WHOLE: u16 = 2;
-const KNOWN_FLAGS: u16 = FLAG_CUT | FLAG_WHOLE;
+/// Flag of a START: the update begins before its epoch is complete. The total is a bound
+/// that the END makes exact, and the END has [`FLAG_CUT`] where the epoch is a cut.
+pub const FLAG_COMING: u16 = 4;
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -90,7 +92,9 @@ impl Kind {
 
     fn flags_allowed(self) -> u16 {
         match self {
-            Kind::SingleUpdate | Kind::StartUpdate => KNOWN_FLAGS,
+            Kind::SingleUpdate => FLAG_CUT | FLAG_WHOLE,
+            Kind::StartUpdate => FLAG_CUT | FLAG_WHOLE | FLAG_COMING,
+            Kind::EndUpdate => FLAG_CUT,
             _ => 0,
         }
     }
@@ -212,7 +216,7 @@ const _: () = {
 pub struct Header {
     /// What the frame is.
     pub kind: Kind,
-    /// [`FLAG_CUT`] and [`FLAG_WHOLE`].
+    /// [`FLAG_CUT`], [`FLAG_WHOLE`] and [`FLAG_COMING`].
     pub flags: u16,
     /// The handle that the source gave the region; 0 where no region is meant.
     pub region: u32,

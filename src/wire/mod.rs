@@ -38,8 +38,8 @@ mod update;
 pub use encode::FrameBuilder;
 pub use extents::{ExtentReader, WireExtent};
 pub use frame::{
-    EXTENT_HEADER_BYTES, FLAG_CUT, FLAG_WHOLE, HEADER_BYTES, Header, Kind, MAGIC, VERSION,
-    WireError, check_body, parse_header,
+    EXTENT_HEADER_BYTES, FLAG_COMING, FLAG_CUT, FLAG_WHOLE, HEADER_BYTES, Header, Kind, MAGIC,
+    VERSION, WireError, check_body, parse_header,
 };
 pub use message::{
     Ack, DigestFrame, ErrorCode, ErrorFrame, Hello, Ping, RegionInfo, Resync, ResyncReason,

@@ -94,10 +94,12 @@ fn golden() -> Vec<(&'static str, Vec<u8>)> {
             source_time_ns: 5,
         },
         total_bytes: 300_000,
+        coming: false,
     };
     let end = EndUpdate {
         chunks: 2,
         total_bytes: 300_000,
+        kind: EpochKind::Convergent,
     };
     let mut chunk = FrameBuilder::new(Kind::UpdateChunk, 0, 7, 41);
     chunk.extent(0, b"first");

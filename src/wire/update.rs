@@ -4,7 +4,7 @@ use crate::words::EpochKind;
 
 use super::body::Reader;
 use super::encode::FrameBuilder;
-use super::frame::{FLAG_CUT, FLAG_WHOLE, Header, Kind, WireError};
+use super::frame::{FLAG_COMING, FLAG_CUT, FLAG_WHOLE, Header, Kind, WireError};
 
 /// Length of [`UpdatePrefix`] on the wire.
 pub const UPDATE_PREFIX_BYTES: usize = 12;
@@ -92,14 +92,21 @@ impl UpdatePrefix {
 pub struct StartUpdate {
     /// What the update builds on, and when it was made.
     pub prefix: UpdatePrefix,
-    /// Bytes of all its extents together, extent headers apart.
+    /// Bytes of all its extents together, extent headers apart; the most that they
+    /// can be if the epoch is `coming`.
     pub total_bytes: u64,
+    /// Whether the epoch is not complete yet ([`FLAG_COMING`]).
+    pub coming: bool,
 }
 
 impl StartUpdate {
-    /// The frame: an update to `epoch` of `kind` of the region with `handle`.
+    /// The frame: an update to `epoch` of `kind` of the region with `handle`. Of a coming
+    /// epoch the kind is not known yet: convergent.
     pub fn encode(&self, handle: u32, epoch: u64, kind: EpochKind) -> Vec<u8> {
-        let flags = update_flags(kind, self.prefix.base);
+        let flags = match self.coming {
+            true => update_flags(EpochKind::Convergent, self.prefix.base) | FLAG_COMING,
+            false => update_flags(kind, self.prefix.base),
+        };
         let mut frame = FrameBuilder::new(Kind::StartUpdate, flags, handle, epoch);
         frame.put(&self.prefix.to_bytes(epoch));
         frame.put(&self.total_bytes.to_le_bytes());
@@ -114,10 +121,15 @@ impl StartUpdate {
         let (prefix, rest) = UpdatePrefix::decode(header, body)?;
         let mut reader = Reader::new(header, Kind::StartUpdate, rest)?;
         let total_bytes = reader.u64()?;
+        let coming = header.has(FLAG_COMING);
+        if coming && header.flags != FLAG_COMING {
+            return Err(reader.bad("a coming epoch builds on one and has no kind yet"));
+        }
         reader.end()?;
         Ok(Self {
             prefix,
             total_bytes,
+            coming,
         })
     }
 }
@@ -129,12 +141,18 @@ pub struct EndUpdate {
     pub chunks: u32,
     /// Bytes of their extents, extent headers apart.
     pub total_bytes: u64,
+    /// What the epoch promises, where the START did not know it; else convergent.
+    pub kind: EpochKind,
 }
 
 impl EndUpdate {
     /// The frame: the end of the update to `epoch` of the region with `handle`.
     pub fn encode(&self, handle: u32, epoch: u64) -> Vec<u8> {
-        let mut frame = FrameBuilder::new(Kind::EndUpdate, 0, handle, epoch);
+        let flags = match self.kind {
+            EpochKind::Cut => FLAG_CUT,
+            EpochKind::Convergent => 0,
+        };
+        let mut frame = FrameBuilder::new(Kind::EndUpdate, flags, handle, epoch);
         frame.put(&self.chunks.to_le_bytes()).put(&[0; 4]);
         frame.put(&self.total_bytes.to_le_bytes());
         frame.finish()
@@ -153,6 +171,11 @@ impl EndUpdate {
         Ok(Self {
             chunks,
             total_bytes,
+            kind: if header.has(FLAG_CUT) {
+                EpochKind::Cut
+            } else {
+                EpochKind::Convergent
+            },
         })
     }
 }

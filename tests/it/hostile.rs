@@ -361,6 +361,7 @@ impl Host {
         let start = StartUpdate {
             prefix,
             total_bytes: size,
+            coming: false,
         };
         let mut frames = start.encode(self.handle, epoch, EpochKind::Cut);
         let (mut at, mut chunks) = (0, 0);
@@ -374,6 +375,7 @@ impl Host {
         let end = EndUpdate {
             chunks,
             total_bytes: size,
+            kind: uffd_sync::words::EpochKind::Convergent,
         };
         frames.extend(end.encode(self.handle, epoch));
         frames

@@ -34,6 +34,8 @@ fn run_all(replicas: usize, seeds: std::ops::Range<u64>) -> Report {
         sum.put_off += report.put_off;
         sum.aborted += report.aborted;
         sum.cuts += report.cuts;
+        sum.early += report.early;
+        sum.lost += report.lost;
         sum.replicas.shown += report.replicas.shown;
         sum.replicas.in_place += report.replicas.in_place;
         sum.replicas.in_parts += report.replicas.in_parts;
@@ -54,6 +56,8 @@ fn assert_reached(report: &Report, what: &str) {
         ("updates dropped", report.replicas.dropped),
         ("captures put off", report.put_off),
         ("updates given up", report.aborted),
+        ("updates begun early", report.early),
+        ("captures begun anew", report.lost),
     ];
     if std::env::var_os("UFFD_SYNC_SEED").is_none() {
         for (name, count) in reached {
@@ -83,6 +87,12 @@ fn noticed(control: Control) -> Option<(u64, String)> {
 #[test]
 fn without_pre_images_an_epoch_is_torn() {
     let (_, why) = noticed(Control::NoPreImages).expect("it has to be noticed");
+    assert!(why.contains("differs from the source's"), "{why}");
+}
+
+#[test]
+fn without_giving_up_what_a_lost_capture_began_an_epoch_is_torn() {
+    let (_, why) = noticed(Control::NoGivingUp).expect("it has to be noticed");
     assert!(why.contains("differs from the source's"), "{why}");
 }
 

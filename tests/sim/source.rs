@@ -2,12 +2,14 @@
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::time::Instant;
 
 use uffd_sync::bitmap::Bitmap;
 use uffd_sync::checksum::crc32c;
-use uffd_sync::replicate::{CaptureInfo, Publication};
+use uffd_sync::replicate::{CaptureInfo, Coming, Out, Publication, ShipperId, Spare};
 use uffd_sync::track::{DIFF_GAP, ExtentSet, WhenFull, diff};
 use uffd_sync::units::{PAGE_SIZE, page_of, pages_for};
+use uffd_sync::wire::{FLAG_COMING, HEADER_BYTES, parse_header};
 use uffd_sync::words::{EpochKind, Generation};
 
 use crate::rng::Rng;
@@ -18,8 +20,10 @@ const PUT_OFF: u32 = 4;
 
 #[derive(Debug)]
 struct Capture {
+    /// What is still to be copied, the lowest last.
     pages: Vec<u64>,
     ranges: Vec<Range<u64>>,
+    changed: ExtentSet,
     commit: bool,
     put_off: u32,
 }
@@ -39,9 +43,15 @@ pub(crate) struct Source {
     pub(crate) history: HashMap<(Generation, u64), u32>,
     pub(crate) put_off: u64,
     pub(crate) aborted: u64,
+    /// Updates begun before their epoch was complete, and captures begun anew.
+    pub(crate) early: u64,
+    pub(crate) lost: u64,
     preimage_bytes: u64,
     /// The control: old content is not put aside.
     pub(crate) no_pre_images: bool,
+    /// The control: updates of a capture that began anew go on.
+    pub(crate) no_giving_up: bool,
+    spare: Spare,
 }
 
 impl Source {
@@ -58,8 +68,12 @@ impl Source {
             history: HashMap::new(),
             put_off: 0,
             aborted: 0,
+            early: 0,
+            lost: 0,
             preimage_bytes,
             no_pre_images: false,
+            no_giving_up: false,
+            spare: Spare::default(),
         };
         source.remember();
         source
@@ -155,9 +169,44 @@ impl Source {
         self.capture = Some(Capture {
             pages: pages.into_iter().rev().collect(),
             ranges: Vec::new(),
+            changed: ExtentSet::new(self.size()),
             commit,
             put_off: 0,
         });
+    }
+
+    /// Tracking was lost: all pages are looked at once more, those copied already too.
+    pub(crate) fn lose_tracking(&mut self) {
+        let pages = pages_for(self.size());
+        if let Some(capture) = &mut self.capture {
+            capture.pages = (0..pages).rev().collect();
+            if !self.no_giving_up {
+                self.publication.pre_images().give_up_coming();
+            }
+            self.lost += 1;
+        }
+    }
+
+    /// The next frame for a replica; of the capture under way if `early`.
+    pub(crate) fn poll(&mut self, id: ShipperId, now: Instant, early: bool) -> Option<Out> {
+        let coming = self.capture.as_ref().filter(|_| early);
+        let coming = coming.map(|capture| Coming {
+            epoch: self.epoch + 1,
+            source_time_ns: self.epoch + 1,
+            changed: &capture.changed,
+            settled: capture
+                .pages
+                .last()
+                .map_or(self.content.len() as u64, |page| page * PAGE_SIZE),
+        });
+        let view = (&self.content[..], coming);
+        let out = self
+            .publication
+            .poll_coming(id, now, view, &mut self.spare)?;
+        let head = out.as_ref().first_chunk::<HEADER_BYTES>();
+        let header = head.map(|head| parse_header(head).expect("it was just made"));
+        self.early += u64::from(header.is_some_and(|header| header.has(FLAG_COMING)));
+        Some(out)
     }
 
     /// Copies up to `pages` pages; finishes the epoch when all are done.
@@ -201,6 +250,9 @@ impl Source {
                 );
             }
             self.content[start..end].copy_from_slice(&self.live[start..end]);
+            for range in &ranges {
+                capture.changed.insert(range.clone());
+            }
             capture.ranges.extend(ranges);
             capture.pages.pop();
         }
@@ -221,7 +273,10 @@ impl Source {
         self.remember();
         let info = CaptureInfo {
             epoch: self.epoch,
-            kind: EpochKind::Convergent,
+            kind: match capture.commit {
+                true => EpochKind::Cut,
+                false => EpochKind::Convergent,
+            },
             source_time_ns: self.epoch,
         };
         let mut extents = ExtentSet::new(self.size());

@@ -24,6 +24,8 @@ pub(crate) enum Control {
     NoPreImages,
     /// Updates are applied whatever they build on.
     NoBaseCheck,
+    /// An update of a capture that began anew is sent on.
+    NoGivingUp,
     /// Extents leave when they are sent, not when they are acknowledged.
     DropAtSend,
 }
@@ -37,6 +39,8 @@ struct Faults {
     source_restart: u64,
     source_reborn: u64,
     stall: u64,
+    /// A capture loses track in the middle.
+    lose_tracking: u64,
     /// The source forgets who went away.
     forget: u64,
     /// Of the cuts: the source learns of them from the next subscription only.
@@ -53,6 +57,7 @@ const NO_FAULTS: Faults = Faults {
     source_restart: 0,
     source_reborn: 0,
     stall: 0,
+    lose_tracking: 0,
     forget: 0,
     half_open: 0,
     damage: 0,
@@ -94,13 +99,15 @@ pub(crate) struct Report {
     pub(crate) epochs: u64,
     pub(crate) put_off: u64,
     pub(crate) aborted: u64,
+    pub(crate) early: u64,
+    pub(crate) lost: u64,
     pub(crate) cuts: u64,
 }
 
 impl World {
     pub(crate) fn new(seed: u64, replicas: usize, control: Control) -> Self {
         let mut rng = Rng::new(seed);
-        let size = rng.pick(&[5_000, 40_000, 100_000, 300_000, 420_001]);
+        let size = rng.pick(&[5_000, 40_000, 100_000, 300_000, 420_001, 900_000]);
         let preimages = rng.pick(&[8_192, 65_536, 1 << 20]);
         let often = |rng: &mut Rng, n: u64| if rng.once_in(3) { n } else { 0 };
         let frame_faults = rng.once_in(2) || control == Control::NoBaseCheck;
@@ -111,6 +118,7 @@ impl World {
             source_restart: often(&mut rng, 150),
             source_reborn: often(&mut rng, 200),
             stall: often(&mut rng, 60),
+            lose_tracking: often(&mut rng, 12),
             forget: often(&mut rng, 8),
             half_open: often(&mut rng, 2),
             damage: if frame_faults { 40 } else { 0 },
@@ -119,6 +127,7 @@ impl World {
         };
         let mut source = Source::new(size, preimages);
         source.no_pre_images = control == Control::NoPreImages;
+        source.no_giving_up = control == Control::NoGivingUp;
         let peers = (0..replicas)
             .map(|_| {
                 let budget = rng.pick(&[20_000, 350_000, 1 << 30]);
@@ -181,6 +190,8 @@ impl World {
             epochs: self.source.epoch,
             put_off: self.source.put_off,
             aborted: self.source.aborted,
+            early: self.source.early,
+            lost: self.source.lost,
             cuts: self.cuts,
             ..Report::default()
         };
@@ -327,7 +338,8 @@ impl World {
                 return;
             }
             let source = &mut self.source;
-            let Some(out) = source.publication.poll(id, self.now, &source.content) else {
+            let early = !matches!(self.control, Control::NoBaseCheck | Control::DropAtSend);
+            let Some(out) = source.poll(id, self.now, early) else {
                 return;
             };
             self.send_down(index, out.as_ref());
@@ -434,6 +446,9 @@ impl World {
         if self.rng.once_in(self.faults.forget) {
             let later = self.now + Duration::from_millis(RESUME_WINDOW_MS);
             self.source.publication.forget(later);
+        }
+        if self.rng.once_in(self.faults.lose_tracking) {
+            self.source.lose_tracking();
         }
         if self.rng.once_in(self.faults.source_restart) {
             self.source.random_stores(&mut self.rng);

@@ -1,9 +1,4 @@
-//! The lock-free code under every order of events that the memory model allows:
-//! `RUSTFLAGS="--cfg loom" cargo test --test loom`. Without that it is empty.
-//!
-//! Each model has a negative control: the same model with one ordering left out,
-//! which loom has to catch.
-#![cfg(loom)]
+//! The sequence lock: a reader accepts whole epochs only.
 
 use loom::sync::Arc;
 use loom::sync::atomic::{AtomicU64, Ordering, fence};
