@@ -20,7 +20,7 @@ use serde::{Deserialize, Serialize};
 use super::layout::*;
 use super::{RegionError, sys};
 use crate::limits::{MAX_ACKED_SLOTS, MAX_NAME_BYTES, MAX_REGION_BYTES};
-use crate::shm::{SharedMemory, seqlock};
+use crate::shm::{SharedMemory, seqlock, turns};
 use crate::sys::futex;
 use crate::sys::map::{Access, Mapping};
 use crate::sys::memfd::{self, Seals};
@@ -380,10 +380,10 @@ impl Control {
     pub fn guard_state(&self) -> GuardState {
         // SYNC(guard): a guard that was given back counts in `entries` read below;
         // pairs with the release of the guard.
-        let word = self.mem.atomic_u32(GUARD).load(Ordering::Acquire);
+        let word = turns::look(self.guard_word());
         GuardState {
-            shared: word as u16,
-            committers: (word >> 16) as u16,
+            shared: turns::shared_of(word) as u16,
+            committers: turns::committers_of(word) as u16,
             entries: self.mem.atomic_u32(GUARD_ENTRIES).load(Ordering::Relaxed),
         }
     }

@@ -1,35 +1,28 @@
 //! Write guards and commits: one word that tells the engine whether anybody is
 //! writing.
 //!
-//! `committers << 16 | shared`, a futex word in the control page:
+//! The word's turns are those of [`turns`]: who waits for a guard has it at the end of
+//! the commits that are under way, however many threads commit without end; who comes
+//! to commit meanwhile is next.
 //!
-//! | committers | shared | meaning |
-//! |---|---|---|
-//! | 0 | 0 | nobody writes under a guard |
-//! | 0 | n | n guards are held |
-//! | c | n | c threads commit and wait for n guards; new guards wait |
-//! | c | 0 | what is captured now is an exact instant |
-//!
-//! - I1: a guard is taken only while nobody commits, or by a thread that holds one
-//!   already (it would wait for itself).
-//! - I2: `entries` is raised before the guard is given back, so two equal readings
+//! - I1: `entries` is raised before the guard is given back, so two equal readings
 //!   around a capture mean that no guard was taken in between.
+//! - I2: a commit whose turn does not come in time goes on without being counted: it
+//!   is inside `commit()` all the same, so what others' guards say of a cut holds.
 //!
 //! A writing process that dies takes its region with it: the word ends there too.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use super::control::{Control, wake_all};
 use super::layout::{GUARD, GUARD_ENTRIES, GUARD_OWNER};
 use super::{Epoch, Region, RegionError, sys};
+use crate::shm::turns::{self, Entry, Full};
 use crate::sys::futex;
 use crate::sys::process::thread_id;
-
-const COMMITTER: u32 = 1 << 16;
-const SHARED: u32 = COMMITTER - 1;
 
 thread_local! {
     /// Guards that this thread holds: {region object, how many}.
@@ -80,11 +73,11 @@ impl<'a> WriteGuard<'a> {
     /// As for [`Region::commit`]; the guard is given back in any case.
     pub fn commit(self, deadline: Duration) -> Result<Epoch, RegionError> {
         let region = self.region;
-        let control = region.control();
-        let committer = Committer::enter(control, COMMITTER - 1)?;
+        let begun = Instant::now();
+        let committer = Committer::from_guard(region.control())?;
         count_held(region.instance(), false);
         std::mem::forget(self);
-        region.commit_as(committer, deadline)
+        region.commit_as(committer, begun, deadline)
     }
 }
 
@@ -96,58 +89,72 @@ impl Drop for WriteGuard<'_> {
 }
 
 /// A thread in `commit()`.
-pub(super) struct Committer<'a>(&'a Control);
+pub(super) struct Committer<'a> {
+    control: &'a Control,
+    /// Whether the word counts it.
+    counted: bool,
+}
 
 impl<'a> Committer<'a> {
-    /// Adds `change` to the word: a committer, and perhaps one guard less.
-    pub(super) fn enter(control: &'a Control, change: u32) -> Result<Self, RegionError> {
+    /// Waits for the thread's turn until `deadline` at most.
+    pub(super) fn enter(control: &'a Control, deadline: Instant) -> Result<Self, RegionError> {
         let word = control.guard_word();
-        let enter = |now: u32| (now >> 16 < SHARED).then(|| now.wrapping_add(change));
-        // SYNC(guard): what this thread stored under its guard is seen by whoever sees
-        // the guard gone; pairs with the load in `guard_state`.
-        word.fetch_update(Ordering::AcqRel, Ordering::Relaxed, enter)
-            .map_err(|_| RegionError::TooManyGuards)?;
+        let mut counted = true;
+        if let Entry::After(turn) = turns::enter_commit(word)? {
+            let came = control.wait_until(Some(deadline), |now| turns::has_ended(now, turn));
+            counted = came.as_ref().is_ok_and(|came| *came) || !turns::cancel_commit(word, turn);
+            if let (Err(error), false) = (came, counted) {
+                return Err(error);
+            }
+        }
+        Ok(Self::of(control, counted))
+    }
+
+    /// Gives the thread's guard back in the same step.
+    fn from_guard(control: &'a Control) -> Result<Self, RegionError> {
+        if turns::guard_to_commit(control.guard_word())? {
+            wake_all(control.guard_futex());
+        }
+        Ok(Self::of(control, true))
+    }
+
+    fn of(control: &'a Control, counted: bool) -> Self {
         let owner = control.mem.atomic_u32(GUARD_OWNER);
         owner.store(thread_id().cast_unsigned(), Ordering::Relaxed);
-        if change < COMMITTER {
-            // A guard was given back: other committers may wait for it.
-            wake_all(word);
-        }
-        Ok(Self(control))
+        Self { control, counted }
     }
 
     /// Waits until no guard is held; false if `deadline` came first, and the commit
     /// goes on as a convergent one.
     pub(super) fn wait_for_guards(&self, deadline: Instant) -> Result<bool, RegionError> {
-        let word = self.0.guard_word();
-        loop {
-            let now = word.load(Ordering::Acquire);
-            if now & SHARED == 0 {
-                return Ok(true);
-            }
-            if Instant::now() >= deadline {
-                return Ok(false);
-            }
-            futex::wait(word, now, Some(deadline)).map_err(sys("waiting for write guards"))?;
-        }
+        self.control.wait_until(Some(deadline), turns::is_quiet)
     }
 }
 
 impl Drop for Committer<'_> {
     fn drop(&mut self) {
-        let word = self.0.guard_word();
         let own = thread_id().cast_unsigned();
-        let owner = self.0.mem.atomic_u32(GUARD_OWNER);
+        let owner = self.control.mem.atomic_u32(GUARD_OWNER);
         let _ = owner.compare_exchange(own, 0, Ordering::Relaxed, Ordering::Relaxed);
-        // SYNC(guard_free): pairs with the exchange in `enter_shared`.
-        if word.fetch_sub(COMMITTER, Ordering::Release) >> 16 == 1 {
-            wake_all(word);
+        if self.counted && turns::leave_commit(self.control.guard_word()) {
+            wake_all(self.control.guard_futex());
         }
     }
 }
 
+impl From<Full> for RegionError {
+    fn from(_: Full) -> Self {
+        Self::TooManyGuards
+    }
+}
+
 impl Control {
-    fn guard_word(&self) -> &AtomicU32 {
+    pub(super) fn guard_word(&self) -> &AtomicU64 {
+        self.mem.atomic_u64(GUARD)
+    }
+
+    /// The low half of the guard word, to wait on.
+    fn guard_futex(&self) -> &AtomicU32 {
         self.mem.atomic_u32(GUARD)
     }
 
@@ -156,24 +163,32 @@ impl Control {
         self.mem.atomic_u32(GUARD_OWNER).load(Ordering::Relaxed)
     }
 
+    /// Sleeps until the guard word is as wanted; false if `deadline` came first.
+    fn wait_until(
+        &self,
+        deadline: Option<Instant>,
+        wanted: impl Fn(u64) -> bool,
+    ) -> Result<bool, RegionError> {
+        loop {
+            let now = turns::look(self.guard_word());
+            if wanted(now) {
+                return Ok(true);
+            }
+            if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
+                return Ok(false);
+            }
+            futex::wait(self.guard_futex(), turns::futex_of(now), deadline)
+                .map_err(sys("waiting for write guards and commits"))?;
+        }
+    }
+
     fn enter_shared(&self, holds_one: bool) -> Result<(), RegionError> {
         let word = self.guard_word();
-        let mut now = word.load(Ordering::Relaxed);
-        loop {
-            if now & SHARED == SHARED {
-                return Err(RegionError::TooManyGuards);
-            }
-            if now >> 16 != 0 && !holds_one {
-                futex::wait(word, now, None).map_err(sys("waiting for a commit"))?;
-                now = word.load(Ordering::Relaxed);
-                continue;
-            }
-            // SYNC(guard_free): what is stored under the guard comes after the commit;
-            // pairs with the subtraction of the committer.
-            match word.compare_exchange_weak(now, now + 1, Ordering::Acquire, Ordering::Relaxed) {
-                Ok(_) => break,
-                Err(other) => now = other,
-            }
+        if let Entry::After(turn) = turns::enter_shared(word, holds_one)?
+            && let Err(error) = self.wait_until(None, |now| turns::has_ended(now, turn))
+            && turns::cancel_shared(word, turn)
+        {
+            return Err(error);
         }
         let entries = self.mem.atomic_u32(GUARD_ENTRIES);
         entries.fetch_add(1, Ordering::Relaxed);
@@ -181,11 +196,8 @@ impl Control {
     }
 
     fn leave_shared(&self) {
-        let word = self.guard_word();
-        // SYNC(guard): pairs with the load in `guard_state`.
-        let before = word.fetch_sub(1, Ordering::Release);
-        if before & SHARED == 1 && before >> 16 != 0 {
-            wake_all(word);
+        if turns::leave_shared(self.guard_word()) {
+            wake_all(self.guard_futex());
         }
     }
 }

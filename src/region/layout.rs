@@ -10,7 +10,7 @@ use crate::units::{PAGE_SIZE, pages_for};
 /// "uffdctl" and the layout's version, as a number; stored last.
 pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"uffdctl\x01");
 /// Raised with every change of this layout.
-pub(super) const LAYOUT_VERSION: u32 = 1;
+pub(super) const LAYOUT_VERSION: u32 = 2;
 
 /// Identity, written once by who creates it. Field offsets within it:
 /// layout version u32, kind u32, size u64, region id u128, length of the name u32,
@@ -55,12 +55,12 @@ pub(super) const ACKED: u64 = 0x200;
 pub(super) const WRITER: u64 = 0x280;
 /// Counts commits asked for.
 pub(super) const COMMIT_REQUEST: u64 = WRITER;
-/// `committers << 16 | shared`; a futex word.
+/// Guards and commits, as [`crate::shm::turns`] says; the low half is a futex word.
 pub(super) const GUARD: u64 = WRITER + 0x08;
 /// Counts guards taken, wrapping.
-pub(super) const GUARD_ENTRIES: u64 = WRITER + 0x0C;
+pub(super) const GUARD_ENTRIES: u64 = WRITER + 0x10;
 /// Thread that commits, 0 if none.
-pub(super) const GUARD_OWNER: u64 = WRITER + 0x10;
+pub(super) const GUARD_OWNER: u64 = WRITER + 0x14;
 
 /// Engine: statistics, `STATISTICS_WORDS` numbers.
 pub(super) const STATISTICS: u64 = 0x300;

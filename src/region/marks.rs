@@ -18,6 +18,7 @@ use std::sync::atomic::Ordering;
 use super::control::Control;
 use super::layout::*;
 use crate::limits::MARK_RING_SLOTS;
+use crate::shm::queue;
 use crate::units::{PAGE_SIZE, page_of, pages_for};
 
 impl Control {
@@ -27,20 +28,15 @@ impl Control {
             return;
         }
         let head_word = self.mem.atomic_u64(MARK_HEAD);
-        let head = head_word.load(Ordering::Relaxed);
-        // SYNC(mark_room): the slot was taken before it is used again; pairs with the
-        // store of the tail in `drain_marks`.
-        let tail = self.mem.atomic_u64(MARK_TAIL).load(Ordering::Acquire);
-        if head.wrapping_sub(tail) >= MARK_RING_SLOTS {
+        let tail_word = self.mem.atomic_u64(MARK_TAIL);
+        let Some(head) = queue::place(head_word, tail_word, MARK_RING_SLOTS) else {
             return self.push_bits(mark);
-        }
+        };
         let slot = MARK_RING + (head % MARK_RING_SLOTS) * MARK_SLOT;
         let (offset, len) = (self.mem.atomic_u64(slot), self.mem.atomic_u64(slot + 8));
         offset.store(mark.start, Ordering::Relaxed);
         len.store(mark.end - mark.start, Ordering::Relaxed);
-        // SYNC(mark_slot): publishes the slot, and the marked bytes before it; pairs
-        // with the load of the head in `drain_marks`.
-        head_word.store(head.wrapping_add(1), Ordering::Release);
+        queue::publish(head_word, head);
     }
 
     #[cold]
@@ -52,24 +48,17 @@ impl Control {
             let stop = end.min((bit / 64 + 1) * 64);
             let bits = (u64::MAX >> (64 - (stop - bit))) << (bit % 64);
             let word = self.mem.atomic_u64(MARK_BITMAP + bit / 64 * 8);
-            // SYNC(mark_bits): publishes the marked bytes; pairs with the swap in
-            // `take_bits`.
-            word.fetch_or(bits, Ordering::Release);
+            queue::set(word, bits);
             bit = stop;
         }
-        // SYNC(mark_overflow): publishes the bits; pairs with the swap in `take_bits`.
-        let overflow = self.mem.atomic_u32(MARK_OVERFLOW);
-        overflow.store(1, Ordering::Release);
+        queue::announce(self.mem.atomic_u32(MARK_OVERFLOW));
     }
 
     /// The engine takes all marks, each within `size`, and appends them to `out`: at
     /// most the ring's slots and one for each run of bits.
     pub fn drain_marks(&self, out: &mut Vec<Range<u64>>, size: u64) {
-        // SYNC(mark_slot): pairs with the store of the head in `push_mark`.
-        let head = self.mem.atomic_u64(MARK_HEAD).load(Ordering::Acquire);
         let tail_word = self.mem.atomic_u64(MARK_TAIL);
-        let tail = tail_word.load(Ordering::Relaxed);
-        let count = head.wrapping_sub(tail);
+        let (tail, count) = queue::filled(self.mem.atomic_u64(MARK_HEAD), tail_word);
         if count > MARK_RING_SLOTS {
             // No writer of ours does this; what it meant is unknown.
             out.push(0..size);
@@ -86,13 +75,9 @@ impl Control {
             }
         }
         if count > 0 {
-            // SYNC(mark_room): pairs with the load of the tail in `push_mark`.
-            tail_word.store(head, Ordering::Release);
+            queue::release(tail_word, tail.wrapping_add(count));
         }
-        // SYNC(mark_overflow): bits set after this are announced again; pairs with the
-        // store in `push_bits`.
-        let overflow = self.mem.atomic_u32(MARK_OVERFLOW);
-        if overflow.load(Ordering::Relaxed) != 0 && overflow.swap(0, Ordering::AcqRel) != 0 {
+        if queue::announced(self.mem.atomic_u32(MARK_OVERFLOW)) {
             self.take_bits(out, size);
         }
     }
@@ -102,12 +87,7 @@ impl Control {
         let bytes_per_bit = pages_per_bit(self.size()) * PAGE_SIZE;
         let first = out.len();
         for index in 0..MARK_BITS / 64 {
-            let word = self.mem.atomic_u64(MARK_BITMAP + index * 8);
-            if word.load(Ordering::Relaxed) == 0 {
-                continue;
-            }
-            // SYNC(mark_bits): pairs with the addition in `push_bits`.
-            let mut bits = word.swap(0, Ordering::Acquire);
+            let mut bits = queue::take(self.mem.atomic_u64(MARK_BITMAP + index * 8));
             while bits != 0 {
                 let bit = index * 64 + u64::from(bits.trailing_zeros());
                 bits &= bits - 1;

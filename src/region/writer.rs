@@ -284,11 +284,11 @@ impl Region {
         Ok(())
     }
 
-    /// Begins a group of stores that are to be in one epoch. Waits while a commit is
-    /// in progress.
+    /// Begins a group of stores that are to be in one epoch. Waits for the commits
+    /// that are in progress, and for none that begins later.
     ///
     /// # Errors
-    /// [`RegionError::TooManyGuards`] beyond 65,534 at the same time.
+    /// [`RegionError::TooManyGuards`] beyond 32,767 at the same time, or 4,095 that wait.
     pub fn write_guard(&self) -> Result<WriteGuard<'_>, RegionError> {
         WriteGuard::take(self)
     }
@@ -298,7 +298,8 @@ impl Region {
     ///
     /// The epoch is a cut if every other writing thread is in `commit()` too or
     /// outside of a guard. Guards are waited for during half of the deadline at most;
-    /// then the commit goes on, and the epoch says that it is convergent.
+    /// then the commit goes on, and the epoch says that it is convergent. A thread that
+    /// waits for a guard goes before a commit that began after it.
     ///
     /// # Errors
     /// [`RegionError::EngineGone`] if no engine is connected or it died: commit again
@@ -311,20 +312,21 @@ impl Region {
         if self.shared.link().is_none_or(|it| !it.pulse.is_alive()) {
             return Err(RegionError::EngineGone);
         }
-        let committer = Committer::enter(self.control(), 1 << 16)?;
-        self.commit_as(committer, deadline)
+        let begun = Instant::now();
+        let committer = Committer::enter(self.control(), begun + deadline / 2)?;
+        self.commit_as(committer, begun, deadline)
     }
 
     pub(super) fn commit_as(
         &self,
         committer: Committer<'_>,
+        begun: Instant,
         deadline: Duration,
     ) -> Result<Epoch, RegionError> {
         if held(self.instance) > 0 {
             return Err(RegionError::OwnGuard);
         }
         let link = self.shared.link().ok_or(RegionError::EngineGone)?;
-        let begun = Instant::now();
         committer.wait_for_guards(begun + deadline / 2)?;
         let control = self.control();
         let before = control.generation();

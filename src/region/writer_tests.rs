@@ -256,6 +256,46 @@ fn a_guard_that_stays_makes_the_epoch_convergent_and_the_own_one_is_an_error() {
     assert_eq!(region.control().guard_state().shared, 0);
 }
 
+/// Three threads commit without a pause, so that one of them always does.
+#[test]
+fn commits_without_end_keep_no_guard_waiting() {
+    let region = Region::create(&name(), PAGE_SIZE, &manual()).unwrap();
+    let mut engine = Engine::start(&region, Box::new(|_, _| {}));
+    let (stop, commits) = (AtomicBool::new(false), AtomicU64::new(0));
+    let longest = std::thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    region.commit(LONG).unwrap();
+                    commits.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+        }
+        // However this thread fares, the others have to end.
+        let guards = scope.spawn(|| {
+            let mut longest = 0;
+            for _ in 0..300 {
+                let begun = commits.load(Ordering::Relaxed);
+                drop(region.write_guard().unwrap());
+                longest = longest.max(commits.load(Ordering::Relaxed) - begun);
+            }
+            longest
+        });
+        let end = Instant::now() + LONG;
+        while !guards.is_finished() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        stop.store(true, Ordering::Relaxed);
+        guards.join().unwrap()
+    });
+    engine.end();
+    // One turn's and what is counted before a thread that was woken runs.
+    assert!(longest < 2_000, "a guard waited for {longest} commits");
+    let state = region.control().guard_state();
+    assert_eq!((state.shared, state.committers), (0, 0));
+    assert_eq!(state.entries, 300);
+}
+
 #[test]
 fn nobody_else_ever_writes_the_data() {
     let region = Region::create(&name(), 100_000, &manual()).unwrap();
@@ -373,8 +413,8 @@ fn control_pages_are_checked_before_use() {
 
     let words: [(u64, u64); 6] = [
         (ID_MAGIC, 0),
-        (ID_LAYOUT, 2 | 1 << 32),
-        (ID_LAYOUT, 1 | 9 << 32),
+        (ID_LAYOUT, 1 | 1 << 32),
+        (ID_LAYOUT, 2 | 9 << 32),
         (ID_SIZE, 0),
         (ID_SIZE, u64::MAX),
         (ID_NAME_LEN, u64::from(u32::MAX)),

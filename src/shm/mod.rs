@@ -5,15 +5,18 @@
 //! moment would make that unsound. [`OwnedMemory`] is memory that nobody but
 //! this process can ever write, which the kernel's seals guarantee, and so is a
 //! plain slice. [`seqlock`] is the protocol by which copies of more than one
-//! word are told whole from torn.
+//! word are told whole from torn, [`turns`] the one by which guards and commits take
+//! turns, [`queue`] the one by which a writer hands marks over.
 #[cfg(not(loom))]
 mod memory;
 #[cfg(not(loom))]
 mod owned;
 #[cfg(not(loom))]
 mod page;
+pub mod queue;
 pub mod seqlock;
 pub mod sync;
+pub mod turns;
 
 #[cfg(not(loom))]
 pub use memory::{SharedMemory, WriteError};

@@ -5,4 +5,6 @@
 //! with one ordering or one step left out, which loom has to catch.
 #![cfg(loom)]
 
+mod queue;
 mod seqlock;
+mod turns;
