@@ -5,6 +5,8 @@
 //! | `first-store` | the bare kernel's fault, mprotect + SIGSEGV, no tracking | <= 1.1x, >= 4x less |
 //! | `find-100-of-1GiB` | bare `PAGEMAP_SCAN`, comparing 1 GiB | <= 1.2x, >= 100x less |
 //! | `capture` | memcpy of the same pages, cold | >= 0.4x its speed sparse, >= 0.25x all bytes |
+//! | `sync-fault` | a bare thread that reads faults and lifts, same cores | <= 1.15x |
+//! | `sync-stall`: longest store during a cut | one bare pass over everything | 1 GiB, 3 % hot: >= 8x less |
 //! | `clean-scan-1GiB`, `idle` | a bare scan, a node without regions | none |
 #![allow(
     unsafe_code,
@@ -24,6 +26,8 @@ mod idle;
 mod memory;
 #[path = "track/segv.rs"]
 mod segv;
+#[path = "track/sync.rs"]
+mod sync;
 #[path = "track/tracked.rs"]
 mod tracked;
 
@@ -39,6 +43,8 @@ fn main() -> std::process::ExitCode {
         group(first_store::CASES, first_store::run),
         group(find::CASES, find::run),
         group(capture::CASES, capture::run),
+        group(sync::FAULT_CASES, sync::run_faults),
+        group(sync::STALL_CASES, sync::run_stalls),
         group(idle::CASES, idle::run),
     ];
     let roles = [Role {

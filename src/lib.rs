@@ -80,6 +80,14 @@ pub mod shm;
 pub mod sys;
 #[cfg(not(loom))]
 pub mod track;
+/// What loom models of it.
+#[cfg(loom)]
+pub mod track {
+    #[path = "exact/ring.rs"]
+    pub mod ring;
+    #[path = "exact/word.rs"]
+    pub mod word;
+}
 #[cfg(not(loom))]
 pub mod units;
 #[cfg(not(loom))]

@@ -138,10 +138,58 @@ limits! {
     PAUSE_FLOOR_US = 50, Micros;
     /// Greatest pause that may be configured; beyond it a replica is a backup, not a mirror.
     PAUSE_CEILING_US = 60_000_000, Micros;
+    /// Time in which the audit compares all of a region with its twin (default of the configuration).
+    AUDIT_PERIOD_MS = 60_000, Millis;
+    /// Least audit period that may be configured: what is due is given out once a second.
+    AUDIT_PERIOD_FLOOR_MS = 1_000, Millis;
+    /// Greatest audit period that may be configured: a day.
+    AUDIT_PERIOD_CEILING_MS = 86_400_000, Millis;
+    /// Pages that one step of the audit compares; about 0.1 ms when they are cold.
+    AUDIT_STEP_PAGES = 64, Count;
+    /// Longest time that one turn works on the audit.
+    AUDIT_TURN_US = 200, Micros;
+    /// Pause between two turns of the audit: it takes a tenth of a processor at most.
+    AUDIT_PAUSE_US = 2_000, Micros;
+    /// Bytes of a mapping whose registration is asked about at once; 0.2 ms where all of it is in use.
+    MAPPING_SLICE = 64 * MIB, Bytes;
+    /// Share of a mapping whose registration is asked about each second, if that is more: mapping length / this.
+    MAPPING_DIVISOR = 8, Count;
+    /// Time without a capture after which stores that wait are told as a standstill.
+    STANDSTILL_MS = 10_000, Millis;
+    /// Longest reason that is kept of what happened to a region.
+    MAX_REASON_BYTES = 512, Bytes;
     /// Content compared by one digest in a resync; a region is sent in these pieces where they differ.
     DIGEST_CHUNK = 64 * KIB, Bytes;
     /// Digests in one frame.
     MAX_DIGESTS_PER_FRAME = 4_096, Count;
+    /// Share of a `sync` region that may be copied before it is written, while a cut is captured: region size / this.
+    CUT_POOL_DIVISOR = 16, Count;
+    /// Least bytes copied before they are written, so that a small region's writers seldom wait.
+    CUT_POOL_MIN = MIB, Bytes;
+    /// Most bytes copied before they are written; at 100,000 faults a second a capture may take 160 ms before writers wait.
+    CUT_POOL_MAX = 64 * MIB, Bytes;
+    /// Longest time that a store waits for room to copy its page; then the cut is given up and the region compared.
+    CUT_STALL_MS = 1_000, Millis;
+    /// Rounds in which pages are armed before a cut while faults are still answered.
+    CUT_ROUNDS = 4, Count;
+    /// Pages left over for the pass in which faults wait: 50 us at 0.8 us each.
+    CUT_ENOUGH_PAGES = 64, Count;
+    /// Successive cuts a page has to be dirty in to count as hot.
+    HOT_CUTS = 4, Count;
+    /// Hot pages left out of the rounds before a cut; more of them would make the pass in which faults wait too long.
+    HOT_WITHHELD_PAGES = 128, Count;
+    /// Adjacent pages opened at once for a writer that goes through memory in order.
+    WINDOW_PAGES = 64, Count;
+    /// Stores of one region that wait for room at the same time; further ones stay with the kernel.
+    MAX_PARKED = 1_024, Count;
+    /// Processes that write one `sync` region.
+    MAX_WRITERS = 8, Count;
+    /// Threads that answer faults, one for each `sync` region.
+    MAX_FAULT_THREADS = 256, Count;
+    /// How long such a thread looks for the next fault before it sleeps; what is beyond it wakes in 20 us.
+    FAULT_SPIN_US = 30, Micros;
+    /// Time within which a cut that was asked for is answered or refused.
+    CUT_DEADLINE_MS = 10_000, Millis;
     /// Time in which `SIGTERM` drains what is pending.
     DRAIN_DEADLINE_MS = 3_000, Millis;
     /// Time for which a source remembers a replica that went away, so that it can resume.
@@ -185,6 +233,22 @@ const _: () = {
     assert!(
         DIGEST_CHUNK.is_multiple_of(PAGE_SIZE),
         "digests cover whole pages"
+    );
+    assert!(
+        AUDIT_PERIOD_FLOOR_MS <= AUDIT_PERIOD_MS && AUDIT_PERIOD_MS <= AUDIT_PERIOD_CEILING_MS,
+        "the default audit period may be configured"
+    );
+    assert!(
+        STANDSTILL_MS > CAPTURE_POSTPONE_MS,
+        "a capture that is put off is no standstill"
+    );
+    assert!(
+        CUT_STALL_MS > 2 * CAPTURE_POSTPONE_MS,
+        "a capture that was put off ends before its writers' patience"
+    );
+    assert!(
+        CUT_POOL_MAX / PAGE_SIZE < 1 << 24,
+        "a slot's number fits beside a page's"
     );
     assert!(
         MARK_RING_SLOTS.is_power_of_two(),

@@ -38,7 +38,7 @@ pub enum WordError {
     #[error("an id is 32 hexadecimal digits")]
     Id,
     /// A tracking mode that does not exist.
-    #[error("unknown tracking mode; use async, manual or compare")]
+    #[error("unknown tracking mode; use async, sync, manual, compare or auto")]
     Mode,
     /// A way of publishing that does not exist.
     #[error("unknown way of publishing; use timer or commit")]
@@ -46,6 +46,9 @@ pub enum WordError {
     /// A kind of epoch that does not exist.
     #[error("unknown kind of epoch; use cut or convergent")]
     EpochKind,
+    /// A kind of loss that does not exist.
+    #[error("unknown kind of loss of tracking")]
+    LossKind,
 }
 
 /// Name of a region: 1 to [`MAX_NAME_BYTES`] of `A-Z a-z 0-9 . _ -`, the first a
@@ -193,11 +196,17 @@ named_words! {
         /// Asynchronous write-protection and page-map scans: convergent, a cut at
         /// `commit()`. The lowest cost that needs no help from the writer.
         Async = "async",
+        /// Stores to protected pages wait for a thread of the engine: every epoch is a
+        /// cut, without help from the writer.
+        Sync = "sync",
         /// Marks by the writer only: the smallest cost.
         Manual = "manual",
         /// The whole region compared with the twin: for memory of programs that
         /// cannot be changed, and kernels without the features.
         Compare = "compare",
+        /// One of the others, picked at the region's creation by what the kernel does
+        /// and what the writer asked for. No region is tracked in this mode.
+        Auto = "auto",
     }
     /// When a region's epochs are made; never both ways at once.
     Publish, Publish {
@@ -212,6 +221,30 @@ named_words! {
         Cut = "cut",
         /// May mix instants; right once writes pause.
         Convergent = "convergent",
+    }
+    /// Why what was known of a region's changes was not enough any more. After each
+    /// but a standstill the whole region is compared with the twin.
+    LossKind, LossKind {
+        /// A scan or a protection was refused: the marks of a part may be gone.
+        ScanError = "scan-error",
+        /// The writing process exited.
+        WriterExited = "writer-exited",
+        /// The writing process runs another program in its place (`exec`).
+        WriterReplaced = "writer-replaced",
+        /// The connection that the region was handed over on ended, as when its
+        /// program dropped it.
+        LinkEnded = "link-ended",
+        /// A part of the mapping is not tracked any more: unmapped, moved, mapped over
+        /// or unregistered.
+        Untracked = "untracked",
+        /// The audit found bytes that changed in a page that nothing reported.
+        UnseenWrite = "unseen-write",
+        /// In mode `sync`: stores waited too long for room to copy their pages, so a cut
+        /// was given up.
+        CutVoid = "cut-void",
+        /// Stores wait, and no epoch is made of them. Nothing is compared: the region
+        /// is looked at again.
+        Standstill = "standstill",
     }
 }
 
@@ -249,7 +282,7 @@ macro_rules! serde_as_text {
     };
 }
 
-serde_as_text!(RegionName Generation RegionId Mode Publish EpochKind);
+serde_as_text!(RegionName Generation RegionId Mode Publish EpochKind LossKind);
 
 #[cfg(test)]
 mod tests {
@@ -299,7 +332,7 @@ mod tests {
 
     #[test]
     fn words_have_one_text_form() {
-        for mode in [Mode::Async, Mode::Manual, Mode::Compare] {
+        for mode in [Mode::Async, Mode::Sync, Mode::Manual, Mode::Compare] {
             assert_eq!(mode.to_string().parse(), Ok(mode));
         }
         assert_eq!(

@@ -25,6 +25,7 @@ const PAGEMAP_SCAN: u64 = 0xC060_6610;
 const UFFD_USER_MODE_ONLY: libc::c_int = 1;
 /// `PAGEFAULT_FLAG_WP`, `WP_HUGETLBFS_SHMEM`, `WP_UNPOPULATED`, `WP_ASYNC`.
 const FEATURES: u64 = 1 << 0 | 1 << 12 | 1 << 13 | 1 << 15;
+const WP_ASYNC: u64 = 1 << 15;
 const REGISTER_MODE_WP: u64 = 2;
 const WRITEPROTECT_MODE_WP: u64 = 1;
 /// `PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC`.
@@ -68,6 +69,54 @@ impl BareUffd {
             &mut [span.address, span.len, REGISTER_MODE_WP, 0],
         )?;
         Ok(uffd)
+    }
+
+    /// Registers a mapping for synchronous write-protection: stores wait.
+    pub(crate) fn new_sync(span: Span) -> io::Result<Self> {
+        let uffd = Self(open()?);
+        uffd.ask(UFFDIO_API, &mut [0xAA, FEATURES & !WP_ASYNC, 0])?;
+        uffd.ask(
+            UFFDIO_REGISTER,
+            &mut [span.address, span.len, REGISTER_MODE_WP, 0],
+        )?;
+        Ok(uffd)
+    }
+
+    /// Lifts the protection of all of it.
+    pub(crate) fn lift(&self, span: Span) -> io::Result<()> {
+        self.ask(UFFDIO_WRITEPROTECT, &mut [span.address, span.len, 0])
+    }
+
+    /// Reads one fault and lifts its page; false if none waits.
+    pub(crate) fn answer_one(&self) -> io::Result<bool> {
+        let mut message = [0u64; 4];
+        // SAFETY: required: 32 writable bytes; they are a local.
+        let got = unsafe { libc::read(self.0.as_raw_fd(), message.as_mut_ptr().cast(), 32) };
+        if got != 32 {
+            let error = io::Error::last_os_error();
+            return match error.kind() {
+                io::ErrorKind::WouldBlock => Ok(false),
+                _ => Err(error),
+            };
+        }
+        let address = message[2];
+        let len = PAGE_SIZE;
+        self.lift(Span { address, len }).map(|()| true)
+    }
+
+    /// Waits for a fault.
+    pub(crate) fn wait(&self, time: std::time::Duration) -> io::Result<()> {
+        let mut poll = libc::pollfd {
+            fd: self.0.as_raw_fd(),
+            events: libc::POLLIN,
+            revents: 0,
+        };
+        // SAFETY: required: one `struct pollfd`; it is a local.
+        let answer = unsafe { libc::poll(&raw mut poll, 1, time.as_millis() as i32) };
+        if answer < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(())
     }
 
     /// Protects all of it.

@@ -11,7 +11,7 @@ use clap_complete::Shell;
 
 use crate::units::ByteSize;
 use crate::wire::follow::FollowSpec;
-use crate::words::RegionName;
+use crate::words::{Mode, RegionName};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -41,12 +41,14 @@ Examples:
   uffd-sync region write prices --offset 4KiB --file day.bin
   uffd-sync region read prices --offset 4KiB --len 100 | xxd
   uffd-sync region watch prices --count 10
+  uffd-sync region cut prices
   uffd-sync region track maps --file /dev/shm/maps";
 
 const DEMO_EXAMPLES: &str = "\
 Examples:
   uffd-sync demo
   uffd-sync demo --seconds 20 --region-size 1GiB
+  uffd-sync demo --mode sync                        every epoch checked to be one exact instant
   uffd-sync demo --json | jq .verified";
 
 /// Keeps memory in step: what a program stores into a region of shared memory is
@@ -157,6 +159,10 @@ pub enum RegionCommand {
         /// Lets other nodes follow it
         #[arg(long)]
         shared: bool,
+        /// How its changes are to be found; only `auto`, since the node makes them itself.
+        /// Modes are for regions that programs write
+        #[arg(long, value_name = "MODE")]
+        mode: Option<Mode>,
         /// How it is printed.
         #[command(flatten)]
         report: Report,
@@ -229,6 +235,14 @@ pub enum RegionCommand {
         #[command(flatten)]
         report: Report,
     },
+    /// Makes an epoch that is one exact instant of a region in mode sync, and prints its number
+    Cut {
+        /// Name of the region
+        name: RegionName,
+        /// How it is printed.
+        #[command(flatten)]
+        report: Report,
+    },
     /// Follows an existing file, such as one in /dev/shm, by comparing it
     Track {
         /// Name of the new region
@@ -265,6 +279,10 @@ pub struct DemoArgs {
     /// Size of the mirrored region, at least 1MiB
     #[arg(long, default_value = "64MiB", value_name = "S")]
     pub region_size: ByteSize,
+    /// How changes are found: async, sync, manual or compare; with sync each epoch is checked
+    /// at the replica to be one instant
+    #[arg(long, default_value = "async", value_name = "MODE")]
+    pub mode: Mode,
     #[command(flatten)]
     #[allow(
         missing_docs,
@@ -285,6 +303,9 @@ pub struct DemoWriterArgs {
     /// Seconds of workload
     #[arg(long)]
     pub seconds: u64,
+    /// How changes are found
+    #[arg(long)]
+    pub mode: Mode,
 }
 
 /// Flags of the demonstration's reader process.
@@ -293,4 +314,7 @@ pub struct DemoReaderArgs {
     /// Name of the replica
     #[arg(long)]
     pub region: RegionName,
+    /// How changes are found at the source
+    #[arg(long)]
+    pub mode: Mode,
 }

@@ -24,7 +24,7 @@ use crate::region::ReadError;
 use crate::sys::process::realtime_ns;
 use crate::units::{ByteSize, MIB, checked_range};
 use crate::wire::control::{RegionStatus, Role};
-use crate::words::RegionName;
+use crate::words::{Mode, RegionName};
 
 /// Bytes moved at once.
 const PIECE: u64 = MIB;
@@ -40,12 +40,11 @@ pub(super) fn run(command: RegionCommand, node: &NodeAt) -> anyhow::Result<()> {
             name,
             size,
             shared,
+            mode,
             report,
         } => {
-            let mut node = Node::connect(node.path())?;
-            node.create_held(name.as_str(), size.0, shared)
-                .with_context(|| format!("creating region {name} of {size}"))?;
-            done(report, &region_status(&mut node, &name)?, "created")
+            check_held_mode(mode)?;
+            create(report, node, &name, size, shared, mode)
         }
         RegionCommand::List(report) => list(report, node),
         RegionCommand::Show { name, report } => show(report, node, &name),
@@ -75,6 +74,17 @@ pub(super) fn run(command: RegionCommand, node: &NodeAt) -> anyhow::Result<()> {
             shared,
             report,
         } => track(report, node, &name, &file, size, shared),
+        RegionCommand::Cut { name, report } => {
+            let mut node = Node::connect(node.path())?;
+            let epoch = node
+                .cut(name.as_str())
+                .with_context(|| format!("making a cut of region {name}"))?;
+            say(
+                report,
+                &json!({ "region": name, "epoch": epoch }),
+                format_args!("epoch {epoch}"),
+            )
+        }
         RegionCommand::Remove { name, report } => {
             let mut node = Node::connect(node.path())?;
             node.remove(name.as_str())
@@ -101,6 +111,47 @@ fn say(
         out.line(line)?;
     }
     Ok(out.done()?)
+}
+
+fn create(
+    report: Report,
+    node: &NodeAt,
+    name: &RegionName,
+    size: ByteSize,
+    shared: bool,
+    mode: Option<Mode>,
+) -> anyhow::Result<()> {
+    let mut node = Node::connect(node.path())?;
+    node.create_held(name.as_str(), size.0, shared)
+        .with_context(|| format!("creating region {name} of {size}"))?;
+    let region = region_status(&mut node, name)?;
+    done(report, &region, "created")?;
+    match (&region.chosen, mode) {
+        (Some(why), Some(_)) => note(report, format_args!("no mode is needed: {why}")),
+        _ => Ok(()),
+    }
+}
+
+/// A line for people behind what was reported.
+fn note(report: Report, line: impl std::fmt::Display) -> anyhow::Result<()> {
+    let mut out = Output::new();
+    if !report.json {
+        out.line(line)?;
+    }
+    Ok(out.done()?)
+}
+
+/// What the node holds has nothing to find, so there is nothing but `auto` to pick.
+fn check_held_mode(mode: Option<Mode>) -> anyhow::Result<()> {
+    match mode {
+        None | Some(Mode::Auto) => Ok(()),
+        Some(mode) => Err(BadInput(format!(
+            "--mode {mode}: the node makes every change of a region that it holds itself; leave \
+             --mode out, or let a program write the region (client::Writer) or a file be compared \
+             (`region track`)"
+        ))
+        .into()),
+    }
 }
 
 fn done(report: Report, region: &RegionStatus, verb: &str) -> anyhow::Result<()> {

@@ -6,8 +6,11 @@ use super::args::Report;
 use super::failure::{MISSING_FEATURE, Reported};
 use super::output::{Align, Output, grouped, table};
 use crate::limits::{LIMITS, Limit, Unit};
+use crate::sys::behaviour::Behaviour;
 use crate::sys::probe::{Outcome, Probe, probe_all};
+use crate::track::{Asked, choose};
 use crate::units::ByteSize;
+use crate::words::Publish;
 
 /// Tries every kernel feature; ends with code 3 if a required one is missing.
 pub(super) fn doctor(report: Report) -> anyhow::Result<()> {
@@ -16,7 +19,7 @@ pub(super) fn doctor(report: Report) -> anyhow::Result<()> {
     let mut out = Output::new();
     if report.json {
         let features: Vec<_> = probes.iter().map(probe_json).collect();
-        out.json(&json!({ "ready": !missing, "features": features }))?;
+        out.json(&json!({ "ready": !missing, "features": features, "auto": choices() }))?;
     } else {
         let mut rows = table([
             ("FEATURE", Align::Left),
@@ -38,6 +41,21 @@ pub(super) fn doctor(report: Report) -> anyhow::Result<()> {
                 out.line(format_args!("\n{}: {remedy}", probe.name))?;
             }
         }
+        out.line("\nMode auto picks here:")?;
+        for choice in choices() {
+            let text = |key: &str| choice[key].as_str().unwrap_or("none").to_owned();
+            let exact = if choice["exact"] == true {
+                ", exact"
+            } else {
+                ""
+            };
+            out.line(format_args!(
+                "  publish {}{exact}: {} ({})",
+                text("publish"),
+                text("mode"),
+                text("reason")
+            ))?;
+        }
         out.line(if missing {
             "\nA required feature is missing: `serve` cannot run here."
         } else {
@@ -49,6 +67,32 @@ pub(super) fn doctor(report: Report) -> anyhow::Result<()> {
         return Err(Reported(MISSING_FEATURE).into());
     }
     Ok(())
+}
+
+/// What mode `auto` picks here for each thing that may be asked of it.
+fn choices() -> Vec<serde_json::Value> {
+    let found = Behaviour::of_process();
+    let mut choices = Vec::new();
+    for publish in [Publish::Timer, Publish::Commit] {
+        for exact in [false, true] {
+            let asked = Asked {
+                publish,
+                exact,
+                marks: false,
+            };
+            let (mode, reason) = match choose(asked, found) {
+                Ok(choice) => (Some(choice.mode), choice.reason),
+                Err(unmet) => (None, unmet.to_string()),
+            };
+            choices.push(json!({
+                "publish": publish,
+                "exact": exact,
+                "mode": mode,
+                "reason": reason,
+            }));
+        }
+    }
+    choices
 }
 
 fn works(probe: &Probe) -> bool {

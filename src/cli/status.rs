@@ -8,8 +8,9 @@ use super::NodeAt;
 use super::args::Report;
 use super::output::{Align, Output, about, grouped, table};
 use crate::client::Node;
+use crate::sys::process::realtime_ns;
 use crate::units::ByteSize;
-use crate::wire::control::{NodeStatus, RegionStatus, Role};
+use crate::wire::control::{AuditStatus, ExactStatus, NodeStatus, RegionStatus, Role};
 
 /// Shows the whole node.
 pub(super) fn run(report: Report, node: &NodeAt) -> anyhow::Result<()> {
@@ -27,6 +28,10 @@ pub(super) fn run(report: Report, node: &NodeAt) -> anyhow::Result<()> {
     if status.regions.iter().any(|r| !r.replicas.is_empty()) {
         out.line("")?;
         out.table(&replicas_table(&status.regions))?;
+    }
+    if status.regions.iter().any(|r| !r.losses.is_empty()) {
+        out.line("")?;
+        out.table(&losses_table(&status.regions))?;
     }
     Ok(out.done()?)
 }
@@ -117,6 +122,45 @@ fn replicas_table(regions: &[RegionStatus]) -> Table {
     rows
 }
 
+/// What happened to the tracking of regions: kind, how often, the last time and why.
+fn losses_table(regions: &[RegionStatus]) -> Table {
+    let mut rows = table([
+        ("REGION", Align::Left),
+        ("LOSS", Align::Left),
+        ("TIMES", Align::Right),
+        ("AGO", Align::Right),
+        ("LAST REASON", Align::Left),
+    ]);
+    let now_ms = realtime_ns() / 1_000_000;
+    for region in regions {
+        for loss in &region.losses {
+            let ago = Duration::from_millis(now_ms.saturating_sub(loss.at_ms));
+            rows.add_row([
+                region.name.clone(),
+                loss.kind.to_string(),
+                grouped(loss.count),
+                up(ago),
+                loss.reason.clone(),
+            ]);
+        }
+    }
+    rows
+}
+
+/// `3 rounds, the last in 59.9 s of 60.0 s`.
+fn audit_text(audit: &AuditStatus) -> String {
+    let seconds = |ms: u64| format!("{:.1} s", ms as f64 / 1_000.0);
+    let period = seconds(audit.period_ms);
+    match audit.last_round_ms {
+        Some(last) => format!(
+            "{} rounds, the last in {} of {period}",
+            grouped(audit.rounds),
+            seconds(last)
+        ),
+        None => format!("first round, {period}"),
+    }
+}
+
 /// All about one region.
 pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::Result<()> {
     out.table(&pairs([
@@ -128,6 +172,8 @@ pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::R
         ("source", dash(region.source.as_deref())),
         ("state", region.state.clone()),
         ("mode", dash(region.mode.map(|mode| mode.as_str()))),
+        ("tracking", dash(region.tracking.map(|mode| mode.as_str()))),
+        ("chosen", dash(region.chosen.as_deref())),
         (
             "publish",
             dash(region.publish.map(|publish| publish.as_str())),
@@ -147,8 +193,16 @@ pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::R
         ("last capture", format!("{} us", grouped(region.capture_us))),
         ("full compares", grouped(region.full_compares)),
         ("last loss", dash(region.last_loss.as_deref())),
+        ("audit", dash(region.audit.as_ref().map(audit_text))),
         ("readers", region.readers.to_string()),
     ]))?;
+    if !region.losses.is_empty() {
+        out.line("")?;
+        out.table(&losses_table(std::slice::from_ref(region)))?;
+    }
+    if let Some(exact) = &region.exact {
+        print_exact(out, exact)?;
+    }
     if let Some(applied) = region.applied {
         out.table(&pairs([
             ("applied", grouped(applied.applied)),
@@ -162,6 +216,41 @@ pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::R
         out.line("")?;
         out.table(&replicas_table(std::slice::from_ref(region)))?;
     }
+    Ok(())
+}
+
+/// What exact tracking of a region costs.
+fn print_exact(out: &mut Output, exact: &ExactStatus) -> anyhow::Result<()> {
+    out.table(&pairs([
+        ("cuts", grouped(exact.cuts)),
+        (
+            "last withheld",
+            format!("{} us", grouped(exact.withheld_us)),
+        ),
+        (
+            "longest",
+            format!("{} us", grouped(exact.longest_withheld_us)),
+        ),
+        ("faults", grouped(exact.faults)),
+        ("saved pages", grouped(exact.saved_pages)),
+        (
+            "pool in use",
+            format!(
+                "{} of {}",
+                about(exact.pool_used_bytes),
+                about(exact.pool_bytes)
+            ),
+        ),
+        ("voided", grouped(exact.voided)),
+        (
+            "hot pages",
+            format!(
+                "{} (dirty in {} cuts in a row)",
+                grouped(exact.hot_pages),
+                exact.hot_after
+            ),
+        ),
+    ]))?;
     Ok(())
 }
 

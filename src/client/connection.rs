@@ -139,6 +139,23 @@ impl Node {
         self.expect_done("region remove", &request, &[], &[])
     }
 
+    /// Makes an epoch of the region `name` that is one exact instant between this call
+    /// and its return, without help from its writer, and says its number. If nothing
+    /// was stored since the last epoch, and that is a cut, it is that one.
+    ///
+    /// # Errors
+    /// If there is no such region, it is not tracked in mode `sync`, or no cut could be
+    /// made in time.
+    pub fn cut(&mut self, name: &str) -> Result<u64, ClientError> {
+        let request = Request::Cut {
+            name: name.to_owned(),
+        };
+        match self.request(&request, &[], &[])?.response {
+            Response::Cut { epoch } => Ok(epoch),
+            other => Err(ClientError::unexpected("cut", &other)),
+        }
+    }
+
     /// Follows the first `size` bytes of an open file by comparing them.
     ///
     /// # Errors

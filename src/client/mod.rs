@@ -98,6 +98,9 @@ pub enum ClientError {
     /// Tracking could not be set up in this process.
     #[error("the region's stores cannot be tracked")]
     Track(#[from] crate::track::TrackError),
+    /// No mode keeps what was asked of `auto`.
+    #[error("mode auto finds nothing to pick")]
+    Unmet(#[from] crate::track::Unmet),
     /// The name is not a region name.
     #[error("that is no name for a region")]
     Name(#[from] crate::words::WordError),
@@ -112,6 +115,7 @@ impl ClientError {
             Response::Attached { .. } => "an attachment",
             Response::PreviousLife { .. } => "a previous life",
             Response::HandedOver { .. } => "a hand-over",
+            Response::Cut { .. } => "a cut",
             Response::Refused { .. } => "a refusal",
         };
         Self::Unexpected { request, found }

@@ -3,6 +3,7 @@
 use std::ops::Deref;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
+use std::sync::{Mutex, PoisonError};
 
 use super::{ClientError, Node};
 use crate::region::{Control, HoldPage, Pulse, RegionReader};
@@ -18,7 +19,7 @@ pub struct Reader {
     reader: RegionReader,
     status: RegionStatus,
     // Its end tells the node that the reader is gone.
-    _node: Node,
+    node: Mutex<Node>,
 }
 
 impl Deref for Reader {
@@ -63,8 +64,18 @@ impl Reader {
         Ok(Self {
             reader,
             status: *status,
-            _node: node,
+            node: Mutex::new(node),
         })
+    }
+
+    /// Makes an epoch that is one exact instant between this call and its return, and
+    /// says its number: see [`Node::cut`].
+    ///
+    /// # Errors
+    /// As for [`Node::cut`].
+    pub fn cut(&self) -> Result<u64, ClientError> {
+        let mut node = self.node.lock().unwrap_or_else(PoisonError::into_inner);
+        node.cut(&self.status.name)
     }
 
     /// What the node said of the region when it was joined.

@@ -8,7 +8,9 @@
 //!   again with growing pauses and hands the same descriptors over once more
 //! ```
 //!
-//! I1. Stores never wait for the node: it may be away, the writer goes on.
+//! I1. Stores never wait for a node that is away: the writer goes on. In mode `sync` the
+//!     node alone has the userfaultfd, so its death lets every store go on; each
+//!     hand-over registers anew.
 //! I2. While the node is away `commit` says `EngineGone`; what was stored meanwhile
 //!     is found by the first capture after the next hand-over, which compares everything.
 
@@ -23,17 +25,26 @@ use std::time::Duration;
 use super::{ClientError, Node};
 use crate::limits;
 use crate::region::{EngineLink, Pulse, Region, RegionOptions};
+use crate::sys::behaviour::Behaviour;
 use crate::sys::net;
 use crate::sys::process::EventFd;
-use crate::track::Attachment;
+use crate::track::{Asked, Attachment, Choice, choose};
 use crate::wire::control::{HandOver, RefusalCode, Request, Response};
 use crate::words::{Mode, Publish, RegionName};
 
 /// How a writer's region is made and tracked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WriterOptions {
-    /// How changes are found. Default `async`.
+    /// How changes are found. Default `async`. With `auto` one is picked by what the
+    /// kernel does and what else is asked for here; [`Region::options`] then has it,
+    /// [`Writer::chosen`] and the node's status say why.
     pub mode: Mode,
+    /// Whether each epoch has to be an exact instant. Only `auto` looks at it: what
+    /// cannot keep the promise is not picked. Default false.
+    pub exact: bool,
+    /// Whether the program marks whatever it changes. Only `auto` looks at it: without
+    /// write-protection it then picks `manual`. Default false.
+    pub marks: bool,
     /// When epochs are published. Default `timer`.
     pub publish: Publish,
     /// Whether other nodes may follow the region. Default true.
@@ -42,17 +53,50 @@ pub struct WriterOptions {
     pub interval_min: Option<Duration>,
     /// Longest pause between timer captures, the staleness limit; the node's own if none.
     pub interval_max: Option<Duration>,
+    /// Whether children made by `fork` are left without the memory, as
+    /// [`RegionOptions::dont_fork`] says. Default true.
+    pub dont_fork: bool,
+    /// Whether the mapping is sealed for the life of the process, as
+    /// [`RegionOptions::mseal`] says. Default false.
+    pub mseal: bool,
 }
 
 impl Default for WriterOptions {
     fn default() -> Self {
         Self {
             mode: Mode::Async,
+            exact: false,
+            marks: false,
             publish: Publish::Timer,
             shared: true,
             interval_min: None,
             interval_max: None,
+            dont_fork: true,
+            mseal: false,
         }
+    }
+}
+
+impl WriterOptions {
+    /// The mode that a region gets with these options in this process, and why.
+    ///
+    /// # Errors
+    /// [`Unmet`](crate::track::Unmet) if `auto` finds no mode that keeps what is asked.
+    pub fn choice(&self) -> Result<Choice, ClientError> {
+        if self.mode != Mode::Auto {
+            return Ok(Choice {
+                mode: self.mode,
+                reason: "asked for".to_owned(),
+            });
+        }
+        let asked = Asked {
+            publish: self.publish,
+            exact: self.exact,
+            marks: self.marks,
+        };
+        let choice = choose(asked, Behaviour::of_process())?;
+        tracing::info!(mode = %choice.mode, reason = choice.reason, "mode picked");
+        Ok(choice)
     }
 }
 
@@ -65,6 +109,7 @@ impl Default for WriterOptions {
 pub struct Writer {
     region: Arc<Region>,
     resumed: bool,
+    chosen: Option<String>,
     link: Option<Link>,
 }
 
@@ -126,9 +171,13 @@ impl Writer {
         options: &WriterOptions,
     ) -> Result<Self, ClientError> {
         let name: RegionName = name.parse()?;
+        let Choice { mode, reason } = options.choice()?;
+        let chosen = Some(reason).filter(|_| options.mode == Mode::Auto);
         let region_options = RegionOptions {
-            mode: options.mode,
+            mode,
             publish: options.publish,
+            dont_fork: options.dont_fork,
+            mseal: options.mseal,
         };
         let (region, resumed) = match earlier_content(&mut node, &name, size)? {
             Some(old) => (
@@ -137,19 +186,21 @@ impl Writer {
             ),
             None => (Region::create(&name, size, &region_options)?, false),
         };
-        let attachment = Attachment::for_region(region.mapping(), options.mode)?;
+        let attachment = Attachment::for_region(region.mapping(), mode)?;
         let region = Arc::new(region);
+        let attachment = Some(attachment);
         let offer = HandOver {
             name: name.to_string(),
             size,
-            mode: options.mode,
+            mode,
             publish: options.publish,
             shared: options.shared,
             base: region.mapping().address(),
             interval_min_us: options.interval_min.map(|pause| pause.as_micros() as u64),
             interval_max_us: options.interval_max.map(|pause| pause.as_micros() as u64),
+            chosen: chosen.clone(),
         };
-        let hand = Hand {
+        let mut hand = Hand {
             region: Arc::clone(&region),
             attachment,
             offer,
@@ -159,8 +210,14 @@ impl Writer {
         Ok(Self {
             region,
             resumed,
+            chosen,
             link: Some(link),
         })
+    }
+
+    /// Why the region is tracked the way it is, if the choice was left to `auto`.
+    pub fn chosen(&self) -> Option<&str> {
+        self.chosen.as_deref()
     }
 
     /// Whether the region began with the content of an earlier writer.
@@ -206,19 +263,34 @@ fn earlier_content(
 /// Everything that a hand-over carries; kept so that it can be done again.
 struct Hand {
     region: Arc<Region>,
-    attachment: Attachment,
+    /// In mode `sync` none once it was handed over: a duplicate of the userfaultfd kept
+    /// here would leave stores waiting for ever if the node died.
+    attachment: Option<Attachment>,
     offer: HandOver,
 }
 
 impl Hand {
-    fn over(&self, node: &mut Node) -> Result<(), ClientError> {
+    fn over(&mut self, node: &mut Node) -> Result<(), ClientError> {
+        let mode = self.offer.mode;
+        let attachment = match self.attachment.take() {
+            Some(attachment) => attachment,
+            None => Attachment::for_region(self.region.mapping(), mode)?,
+        };
+        let handed = self.over_with(node, &attachment);
+        if mode != Mode::Sync {
+            self.attachment = Some(attachment);
+        }
+        handed
+    }
+
+    fn over_with(&self, node: &mut Node, attachment: &Attachment) -> Result<(), ClientError> {
         let mut fds: Vec<BorrowedFd<'_>> = vec![
             self.region.data_fd(),
             self.region.control_fd(),
-            self.attachment.pidfd.as_fd(),
+            attachment.pidfd.as_fd(),
         ];
-        fds.extend(self.attachment.uffd.as_ref().map(AsFd::as_fd));
-        fds.extend(self.attachment.pagemap.as_ref().map(AsFd::as_fd));
+        fds.extend(attachment.uffd.as_ref().map(AsFd::as_fd));
+        fds.extend(attachment.pagemap.as_ref().map(AsFd::as_fd));
         let request = Request::HandOver(self.offer.clone());
         let answer = node.request(&request, &[], &fds)?;
         if !matches!(answer.response, Response::HandedOver { .. }) {
@@ -240,7 +312,7 @@ impl Link {
         let stop = Arc::new(AtomicBool::new(false));
         let bell = Arc::new(EventFd::new()?);
         let (told, rung) = (Arc::clone(&stop), Arc::clone(&bell));
-        let body = move || watch(node, path.as_deref(), &hand, &told, &rung);
+        let body = move || watch(node, path.as_deref(), hand, &told, &rung);
         let thread = std::thread::Builder::new()
             .name("uffd-sync-link".to_owned())
             .spawn(body)
@@ -250,7 +322,7 @@ impl Link {
 }
 
 /// The link thread: ends when told, or when a lost node cannot be dialled.
-fn watch(mut node: Node, path: Option<&Path>, hand: &Hand, stop: &AtomicBool, bell: &EventFd) {
+fn watch(mut node: Node, path: Option<&Path>, mut hand: Hand, stop: &AtomicBool, bell: &EventFd) {
     loop {
         // The node never speaks first: the connection becomes readable at its end.
         let ended = net::wait_readable(&[node.socket(), bell.as_fd()], None);
@@ -267,14 +339,14 @@ fn watch(mut node: Node, path: Option<&Path>, hand: &Hand, stop: &AtomicBool, be
             region = hand.offer.name,
             "the node is gone; dialling until it is back"
         );
-        match dial(path, hand, stop, bell) {
+        match dial(path, &mut hand, stop, bell) {
             Some(next) => node = next,
             None => return,
         }
     }
 }
 
-fn dial(path: &Path, hand: &Hand, stop: &AtomicBool, bell: &EventFd) -> Option<Node> {
+fn dial(path: &Path, hand: &mut Hand, stop: &AtomicBool, bell: &EventFd) -> Option<Node> {
     let mut pause = Duration::from_millis(limits::RECONNECT_MIN_MS);
     loop {
         let _ = net::wait_readable(&[bell.as_fd()], Some(pause));

@@ -1,69 +1,412 @@
-//! Whether what is scanned is still what the writer stores into.
+//! Whether what is known of a region's changes still is all there is to know.
 //!
-//! A mapping that was moved or unmapped scans as clean, for ever. So once a second
-//! the registration of a slice of each tracked mapping is asked for; what is missing
-//! makes the region one that is compared, which needs no mapping at all.
+//! ```text
+//! once a second: each tracked region is given an amount of work
+//!     mapping   is it still registered for write-protection?      all within 8 s
+//!     content   does the twin equal what nobody reported?         all within `audit_period`
+//!     watch     do stores wait, and no capture takes them?
+//! every 2 ms, while work is left: one region after the other, 0.2 ms of it
+//! ```
+//! I1. What is due and could not be done is not piled up: at most one round is owed.
+//! I2. The audit takes a tenth of a processor at most, however much there is to do;
+//!     `status` shows how long a round really took.
+//! I3. Whatever it finds is counted with its reason, and the region is compared whole.
+
+use std::time::{Duration, Instant};
 
 use super::Engine;
+use super::keys::Key;
+use super::losses::kind_of;
 use super::regions::{Body, RegionEntry};
+use super::requests::chain;
+use super::timers::Timer;
 use super::tracked::Tracked;
-use crate::track::Tracker;
-use crate::units::MIB;
+use crate::limits;
+use crate::region::Control;
+use crate::sys::pagemap::Then;
+use crate::track::{self, Tracker};
+use crate::units::PAGE_SIZE;
+use crate::wire::control::AuditStatus;
+use crate::words::{LossKind, Publish};
 
-/// Bytes of one region asked about at once: about 0.2 ms where all is in use.
-const SLICE: u64 = 64 * MIB;
+/// The kernel's answer about a process whose memory is gone.
+const ESRCH: i32 = nix::libc::ESRCH;
+
+/// How long the end of a process may take after its memory is gone, before it counts as
+/// one that became another program.
+const ENDING: Duration = Duration::from_millis(900);
+
+/// The audit of one region: where it stands, and what it still owes.
+#[derive(Debug)]
+pub(super) struct Audit {
+    content: track::Audit,
+    /// Bytes that are to be compared.
+    owed: u64,
+    /// What was granted and is less than a page.
+    spare: u64,
+    rounds: u64,
+    round_began: Instant,
+    last_round: Option<Duration>,
+    mapping_at: u64,
+    mapping_owed: u64,
+    mapping_rounds: u64,
+    watch: Watch,
+}
+
+/// What is watched of a region's captures.
+#[derive(Debug)]
+struct Watch {
+    captures: u64,
+    /// Work that was done on the capture in progress.
+    work: Duration,
+    /// When one of the two grew last.
+    moved: Instant,
+    /// Whether stores were seen that no capture has taken.
+    stored: bool,
+    told: bool,
+}
+
+/// Something that was found.
+struct Finding {
+    kind: LossKind,
+    reason: String,
+}
+
+impl Finding {
+    fn new(kind: LossKind, reason: impl Into<String>) -> Self {
+        Self {
+            kind,
+            reason: reason.into(),
+        }
+    }
+}
+
+impl Audit {
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            content: track::Audit::default(),
+            owed: 0,
+            spare: 0,
+            rounds: 0,
+            round_began: now,
+            last_round: None,
+            mapping_at: 0,
+            mapping_owed: 0,
+            mapping_rounds: 0,
+            watch: Watch {
+                captures: 0,
+                work: Duration::ZERO,
+                moved: now,
+                stored: false,
+                told: false,
+            },
+        }
+    }
+
+    pub(super) fn status(&self, period: Duration) -> AuditStatus {
+        AuditStatus {
+            period_ms: period.as_millis() as u64,
+            rounds: self.rounds,
+            last_round_ms: self.last_round.map(|time| time.as_millis() as u64),
+            position: self.content.position(),
+            mapping_rounds: self.mapping_rounds,
+        }
+    }
+
+    /// The share of one second in a round of `period`.
+    fn grant(&mut self, size: u64, mapped: u64, period: Duration) {
+        let period_ms = (period.as_millis() as u64).max(1);
+        // Bytes times milliseconds, so that small regions are not audited faster.
+        let granted = u128::from(size) * 1_000 + u128::from(self.spare);
+        let bytes = u64::try_from(granted / u128::from(period_ms)).unwrap_or(u64::MAX);
+        let pages = bytes / PAGE_SIZE;
+        let used = u128::from(pages * PAGE_SIZE) * u128::from(period_ms);
+        self.spare = u64::try_from(granted - used).unwrap_or(0);
+        let round = size.next_multiple_of(PAGE_SIZE);
+        self.owed = (self.owed + pages * PAGE_SIZE).min(round);
+        let mapping = (mapped / limits::MAPPING_DIVISOR).max(limits::MAPPING_SLICE);
+        self.mapping_owed = mapping.min(mapped);
+    }
+
+    fn is_idle(&self) -> bool {
+        self.owed == 0 && self.mapping_owed == 0
+    }
+}
 
 impl Engine {
-    /// Looks at the next regions in turn, as far as one slice of a turn goes.
+    /// Gives out the audit work of one second, and looks for regions that stand still.
+    pub(super) fn begin_audit(&mut self) {
+        let period = self.settings.tunables.audit_period;
+        for key in self.regions.keys() {
+            let Some(entry) = self.regions.get_mut(key) else {
+                continue;
+            };
+            let captures = entry.statistics.captures;
+            let Body::Tracked(tracked) = &mut entry.body else {
+                continue;
+            };
+            let standstill = tracked.stands_still(&entry.control, captures, self.now);
+            let replaced = tracked.replaced(self.now);
+            let waits = !tracked.audit.is_idle();
+            if track::Audit::concerns(&tracked.tracker) {
+                // Only the asynchronous kind is told of by the page map.
+                let mapped = match &tracked.tracker {
+                    Tracker::Async { attachment } => attachment.len,
+                    _ => 0,
+                };
+                tracked.audit.grant(entry.size, mapped, period);
+                if !waits && !tracked.audit.is_idle() {
+                    self.audits.push_back(key);
+                }
+            }
+            for finding in standstill.into_iter().chain(replaced) {
+                self.found(key, finding);
+            }
+        }
+        if !self.audits.is_empty() {
+            self.audit_later();
+        }
+    }
+
+    fn audit_later(&mut self) {
+        if !self.auditing {
+            self.auditing = true;
+            let at = self.now + Duration::from_micros(limits::AUDIT_PAUSE_US);
+            self.timers.set(at, Timer::Audit);
+        }
+    }
+
+    /// One turn of the audit.
     pub(super) fn audit(&mut self) {
-        let keys = self.regions.keys();
-        for _ in 0..keys.len() {
-            self.audit_next += 1;
-            let key = keys[self.audit_next % keys.len()];
+        self.auditing = false;
+        let end = Instant::now() + Duration::from_micros(limits::AUDIT_TURN_US);
+        for _ in 0..self.audits.len() {
+            let Some(key) = self.audits.pop_front() else {
+                break;
+            };
             let Some(RegionEntry {
-                name,
                 body: Body::Tracked(tracked),
                 ..
             }) = self.regions.get_mut(key)
             else {
                 continue;
             };
-            if !tracked.audit() {
-                tracing::warn!(region = %name, "the writer's mapping is not tracked any more: comparing from now on");
-                tracked.lose("the writer's mapping was moved or unmapped", self.now);
-                self.make_runnable(key);
+            let finding = tracked.audit_until(end, self.now);
+            if !tracked.audit.is_idle() {
+                self.audits.push_back(key);
             }
-            if self.is_late() {
-                return;
+            if let Some(finding) = finding {
+                self.found(key, finding);
+            }
+            if Instant::now() >= end {
+                break;
             }
         }
+        if !self.audits.is_empty() {
+            self.audit_later();
+        }
+    }
+
+    /// Counts what was found and does what it calls for.
+    fn found(&mut self, key: Key, finding: Finding) {
+        let Some(entry) = self.regions.get_mut(key) else {
+            return;
+        };
+        let Body::Tracked(tracked) = &mut entry.body else {
+            return;
+        };
+        let Finding { kind, reason } = finding;
+        if kind == LossKind::WriterReplaced && tracked.link_ended {
+            return self.writer_left(key, kind);
+        }
+        tracing::warn!(region = %entry.name, %kind, reason, "tracking is not what it was");
+        entry.statistics.losses.note(kind, &reason);
+        match kind {
+            LossKind::Standstill if tracked.publish == Publish::Commit => return,
+            LossKind::Standstill => tracked.due = Some(self.now),
+            LossKind::Untracked | LossKind::WriterReplaced => {
+                tracked.compare_from_now_on();
+                tracked.lose(reason, self.now);
+            }
+            _ => tracked.lose(reason, self.now),
+        }
+        self.make_runnable(key);
     }
 }
 
 impl Tracked {
-    /// Asks about one slice of the mapping; false if some of it is not tracked any more,
-    /// and the region is compared from then on.
-    fn audit(&mut self) -> bool {
-        let Tracker::Async { attachment } = &self.tracker else {
-            return true;
-        };
-        let Some(pagemap) = &attachment.pagemap else {
-            return true;
-        };
-        let from = self.audited;
-        let to = attachment.len.min(from + SLICE);
-        self.audited = if to >= attachment.len { 0 } else { to };
-        let (start, end) = (attachment.base + from, attachment.base + to);
-        let whole = pagemap
-            .tracked_bytes(start, end)
-            .is_ok_and(|tracked| tracked >= end - start);
-        // The end of the process is noticed by other means, and is no alarm.
-        if whole || attachment.has_exited() {
-            return true;
+    /// Works off what is owed until `end`; stops at the first finding.
+    fn audit_until(&mut self, end: Instant, now: Instant) -> Option<Finding> {
+        if !track::Audit::concerns(&self.tracker) {
+            (self.audit.owed, self.audit.mapping_owed) = (0, 0);
+            return None;
         }
-        self.tracker = Tracker::Compare {
-            attachment: self.tracker.take_attachment(),
+        while self.audit.mapping_owed > 0 {
+            let finding = self.audit_mapping(now);
+            if finding.is_some() || Instant::now() >= end {
+                return finding;
+            }
+        }
+        // Between captures, and once there was one, the twin is what was reported.
+        while self.audit.owed > 0 && !self.is_capturing() && !self.is_lost() && !self.awaits_cut() {
+            let finding = self.audit_content(now);
+            if finding.is_some() || Instant::now() >= end {
+                return finding;
+            }
+        }
+        None
+    }
+
+    /// Asks about one slice of the mapping: whether it is tracked still, and whether
+    /// something was stored there.
+    fn audit_mapping(&mut self, now: Instant) -> Option<Finding> {
+        let attachment = self.tracker.attachment()?;
+        let pagemap = attachment.pagemap.as_ref()?;
+        let from = self.audit.mapping_at;
+        let to = attachment.len.min(from + limits::MAPPING_SLICE);
+        let (start, end) = (attachment.base + from, attachment.base + to);
+        let answer = pagemap.tracked_bytes(start, end);
+        if !self.audit.watch.stored {
+            let mut first = Vec::new();
+            let scan = pagemap.scan_written(start, end, &mut first, 1, 1, Then::Leave);
+            self.audit.watch.stored = scan.is_ok() && !first.is_empty();
+        }
+        let finding = match answer {
+            Ok(tracked) if tracked >= to - from => None,
+            // The end of the process is noticed by other means, and is no alarm.
+            _ if attachment.has_exited() => None,
+            Ok(tracked) => Some(Finding::new(
+                LossKind::Untracked,
+                format!(
+                    "{} of {} bytes at offset {from} of the writer's mapping are not tracked: \
+                     unmapped, moved, mapped over or unregistered",
+                    to - from - tracked,
+                    to - from,
+                ),
+            )),
+            Err(error) if error.raw_os_error() == Some(ESRCH) => {
+                self.memory_gone.get_or_insert(now);
+                None
+            }
+            Err(error) => Some(Finding::new(LossKind::ScanError, chain(&error))),
         };
-        false
+        let audit = &mut self.audit;
+        audit.mapping_owed = audit.mapping_owed.saturating_sub(to - from);
+        audit.mapping_at = to;
+        if to >= attachment.len {
+            audit.mapping_at = 0;
+            audit.mapping_rounds += 1;
+        }
+        finding
+    }
+
+    fn audit_content(&mut self, now: Instant) -> Option<Finding> {
+        let audit = &mut self.audit;
+        let step = audit
+            .content
+            .step(&self.tracker, &self.source, &self.twin, audit.owed);
+        let looked = match step {
+            Ok(looked) => looked,
+            Err(error) => {
+                audit.owed = 0;
+                let kind = kind_of(&error)?;
+                return Some(Finding::new(kind, chain(&error)));
+            }
+        };
+        audit.owed = audit.owed.saturating_sub(looked.bytes);
+        if looked.round {
+            audit.rounds += 1;
+            audit.last_round = Some(now.duration_since(audit.round_began));
+            audit.round_began = now;
+        }
+        let (page, count) = looked.unseen?;
+        Some(Finding::new(
+            LossKind::UnseenWrite,
+            format!(
+                "{count} pages, the first at offset {}, changed and were not reported: written \
+                 through another mapping, by another process or into pinned memory",
+                page * PAGE_SIZE
+            ),
+        ))
+    }
+
+    /// Whether a process whose memory is gone lives on, told once. An exit gives its
+    /// memory back first, so it is given time to be seen.
+    fn replaced(&mut self, now: Instant) -> Option<Finding> {
+        let since = self.memory_gone?;
+        let lives = !self.tracker.attachment()?.has_exited();
+        if now.duration_since(since) < ENDING || !lives {
+            return None;
+        }
+        self.memory_gone = None;
+        Some(Finding::new(
+            LossKind::WriterReplaced,
+            "the writing process lives and its memory is gone: it runs another program",
+        ))
+    }
+
+    /// Whether stores have waited for too long, told once.
+    fn stands_still(&mut self, control: &Control, captures: u64, now: Instant) -> Option<Finding> {
+        let work = self.work_done();
+        let (timer, alive) = (self.publish == Publish::Timer, self.has_source());
+        let pause = Duration::from_micros(self.interval.bounds().1);
+        let bound = Duration::from_millis(limits::STANDSTILL_MS).max(3 * pause);
+        let watch = &mut self.audit.watch;
+        if captures != watch.captures || work != watch.work || !alive {
+            *watch = Watch {
+                captures,
+                work,
+                moved: now,
+                stored: false,
+                told: false,
+            };
+            return None;
+        }
+        let stands = now.duration_since(watch.moved);
+        let asked = control.commit_pending().is_some();
+        if watch.told || stands < bound || !(timer || asked || watch.stored) {
+            return None;
+        }
+        watch.told = true;
+        let seconds = stands.as_secs();
+        let reason = match (asked, timer) {
+            (true, _) => format!("a commit has waited for {seconds} s"),
+            (false, true) => format!("nothing was captured for {seconds} s"),
+            (false, false) => format!("the writer stores, and has not committed for {seconds} s"),
+        };
+        Some(Finding::new(LossKind::Standstill, reason))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::units::{GIB, MIB};
+
+    #[test]
+    fn each_second_brings_its_share_of_a_round() {
+        for (size, period_s) in [(1, 60), (5 * PAGE_SIZE, 60), (GIB + 5, 60), (MIB, 1)] {
+            let mut audit = Audit::new(Instant::now());
+            let period = Duration::from_secs(period_s);
+            let mut done = 0;
+            for _ in 0..10 * period_s {
+                audit.grant(size, size, period);
+                done += std::mem::take(&mut audit.owed);
+            }
+            let rounds = done as f64 / size as f64;
+            assert!(
+                done <= 10 * size.next_multiple_of(PAGE_SIZE) && done + PAGE_SIZE >= 10 * size,
+                "{size} bytes: {rounds} rounds in 10 periods"
+            );
+        }
+    }
+
+    #[test]
+    fn what_could_not_be_done_is_not_piled_up() {
+        let mut audit = Audit::new(Instant::now());
+        for _ in 0..1_000 {
+            audit.grant(10 * MIB, 16 * GIB, Duration::from_secs(60));
+        }
+        assert_eq!((audit.owed, audit.mapping_owed), (10 * MIB, 2 * GIB));
     }
 }

@@ -24,6 +24,8 @@ pub struct Tunables {
     pub interval_max: Duration,
     /// Time within which marked bytes are shipped without a commit.
     pub mark_max_delay: Duration,
+    /// Time in which the audit compares a region whole.
+    pub audit_period: Duration,
     /// Regions of other nodes to follow.
     pub follow: Vec<FollowSpec>,
 }

@@ -18,6 +18,7 @@ use crate::limits;
 use crate::sys::net::{self, Blocking, PeerCredentials};
 use crate::sys::ring::{Completion, Op};
 use crate::wire::control::{self, ControlError, RefusalCode, Request, Response};
+use crate::words::LossKind;
 
 /// Reads taken in one turn, so that a client that never stops sending holds nobody up.
 const READS_PER_TURN: usize = 32;
@@ -32,6 +33,8 @@ pub(super) struct ControlConnection {
     out: VecDeque<Outgoing>,
     /// Whether requests may be in the buffer that were left for the next turn.
     waiting: bool,
+    /// Whether a request of it is answered later.
+    deferred: bool,
     /// Regions that it reads.
     pub(super) reads: Vec<Key>,
     /// Regions that it handed over.
@@ -82,6 +85,7 @@ impl Engine {
             fds: Vec::new(),
             out: VecDeque::new(),
             waiting: false,
+            deferred: false,
             reads: Vec::new(),
             writes: Vec::new(),
         };
@@ -93,6 +97,9 @@ impl Engine {
         let Some(connection) = self.controls.get(key) else {
             return;
         };
+        if connection.deferred {
+            return;
+        }
         let writable = !connection.out.is_empty() || connection.waiting;
         let token = if writable {
             Token::ControlWritable(key)
@@ -172,7 +179,7 @@ impl Engine {
                 return Read::Closed;
             };
             connection.waiting = late;
-            if late || !connection.out.is_empty() {
+            if connection.deferred || late || !connection.out.is_empty() {
                 return Read::Enough;
             }
             served += 1;
@@ -187,7 +194,15 @@ impl Engine {
                         payload: message.payload,
                         fds: std::mem::take(&mut connection.fds),
                     };
-                    self.handle(message.body, call)
+                    match self.handle(message.body, call) {
+                        Some(reply) => reply,
+                        None => {
+                            if let Some(connection) = self.controls.get_mut(key) {
+                                connection.deferred = true;
+                            }
+                            return Read::Enough;
+                        }
+                    }
                 }
                 Err(ControlError::Json(error)) => Reply::refused(
                     RefusalCode::Invalid,
@@ -227,6 +242,21 @@ impl Engine {
         connection.flush()
     }
 
+    /// Answers a request that was put off, and goes on reading.
+    pub(super) fn answer_later(&mut self, key: Key, reply: Reply) {
+        let Some(connection) = self.controls.get_mut(key) else {
+            return;
+        };
+        connection.deferred = false;
+        // What came behind the request is looked at in a turn of its own.
+        connection.waiting = true;
+        if self.answer(key, reply) {
+            self.await_control(key);
+        } else {
+            self.close_control(key);
+        }
+    }
+
     pub(super) fn control_writable(&mut self, key: Key) {
         let Some(connection) = self.controls.get_mut(key) else {
             return;
@@ -249,11 +279,12 @@ impl Engine {
         let Some(connection) = self.controls.remove(key) else {
             return;
         };
+        self.forget_cuts(key);
         for region in connection.reads {
             self.forget_reader(region, key);
         }
         for region in connection.writes {
-            self.writer_left(region, "the writer's link ended");
+            self.writer_left(region, LossKind::LinkEnded);
         }
     }
 }

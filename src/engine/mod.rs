@@ -20,10 +20,14 @@ mod apply;
 mod audit;
 mod commands;
 mod control;
+mod cuts;
 mod dial;
+mod faults;
 mod framing;
+mod hand_over;
 mod inbound;
 mod keys;
+mod losses;
 mod peers;
 mod regions;
 mod requests;
@@ -42,6 +46,7 @@ use std::time::{Duration, Instant};
 use commands::Command;
 pub use commands::{CommandError, Commands, Tunables};
 use control::ControlConnection;
+use cuts::WaitsForCut;
 use keys::{Key, Keyed};
 use peers::Peer;
 use regions::RegionEntry;
@@ -51,11 +56,12 @@ use crate::limits;
 use crate::region::{Pulse, PulseHolder, RegionError};
 use crate::replicate::Spare;
 use crate::sys::SysError;
+use crate::sys::behaviour::Behaviour;
 use crate::sys::buffer::Pool;
 use crate::sys::net;
 use crate::sys::process::SignalFd;
 use crate::sys::ring::{Completion, Op, Ring};
-use crate::words::RegionName;
+use crate::words::{LossKind, RegionName};
 
 /// Entries of the submission queue; the ring flushes when it is full.
 const RING_ENTRIES: u32 = 256;
@@ -126,6 +132,7 @@ enum Token {
     PeerConnect(Key),
     Doorbell(Key),
     WriterExit(Key),
+    Faults(Key),
 }
 
 impl Token {
@@ -142,6 +149,7 @@ impl Token {
             Self::PeerConnect(key) => (8, Some(key)),
             Self::Doorbell(key) => (9, Some(key)),
             Self::WriterExit(key) => (10, Some(key)),
+            Self::Faults(key) => (11, Some(key)),
         };
         kind << Key::BITS | key.map_or(0, Key::to_bits)
     }
@@ -160,6 +168,7 @@ impl Token {
             8 => Self::PeerConnect(key),
             9 => Self::Doorbell(key),
             10 => Self::WriterExit(key),
+            11 => Self::Faults(key),
             _ => return None,
         })
     }
@@ -194,6 +203,8 @@ pub struct Engine {
     controls: Keyed<ControlConnection>,
     peers: Keyed<Peer>,
     regions: Keyed<RegionEntry>,
+    /// Connections whose request for a cut is not answered yet.
+    cuts: Vec<WaitsForCut>,
     names: HashMap<RegionName, Key>,
     next_handle: u32,
     timers: Timers,
@@ -202,13 +213,17 @@ pub struct Engine {
     /// they are taken at the end of a turn.
     resumed: Vec<Key>,
     counters: Counters,
+    /// What the kernel's scans do: modes that rely on something else are refused.
+    behaviour: &'static Behaviour,
     /// What bulk is received into.
     pool: Pool,
     /// What bulk is sent from.
     spare: Spare,
     stopping: Option<Instant>,
-    /// Where the audit of tracked mappings goes on.
-    audit_next: usize,
+    /// Regions with audit work left.
+    audits: VecDeque<Key>,
+    /// Whether a timer for it is set.
+    auditing: bool,
     /// Listening sockets that take nothing for a moment.
     deaf: Vec<Token>,
 }
@@ -267,17 +282,20 @@ impl Engine {
             controls: Keyed::new(),
             peers: Keyed::new(),
             regions: Keyed::new(),
+            cuts: Vec::new(),
             names: HashMap::new(),
             next_handle: 1,
             timers: Timers::default(),
             runnable: VecDeque::new(),
             resumed: Vec::new(),
             counters: Counters::default(),
+            behaviour: Behaviour::of_process(),
             // As much again as one update: what is applied is not free yet while the next comes.
             pool: Pool::new(limits::MAX_BODY, 2 * settings.staging_budget),
             spare: Spare::default(),
             stopping: None,
-            audit_next: 0,
+            audits: VecDeque::new(),
+            auditing: false,
             deaf: Vec::new(),
             settings,
         };
@@ -405,7 +423,8 @@ impl Engine {
             Token::PeerSend(key) => self.peer_sent(key, completion),
             Token::PeerConnect(key) => self.peer_connected(key, completion),
             Token::Doorbell(key) => self.doorbell_rang(key),
-            Token::WriterExit(key) => self.writer_left(key, "the writer exited"),
+            Token::WriterExit(key) => self.writer_left(key, LossKind::WriterExited),
+            Token::Faults(key) => self.faults_rang(key),
         }
         Ok(())
     }
@@ -421,9 +440,11 @@ impl Engine {
             Timer::Peer(key) => self.peer_timer(key),
             Timer::Dial(key) => self.dial_due(key),
             Timer::Listen => self.listen_again(),
+            Timer::Audit => self.audit(),
+            Timer::Cuts => self.refuse_late_cuts(),
             Timer::Sweep => {
                 self.sweep();
-                self.audit();
+                self.begin_audit();
                 self.timers
                     .set(self.now + Duration::from_secs(1), Timer::Sweep);
             }
@@ -567,6 +588,7 @@ mod tests {
             Token::PeerConnect(key),
             Token::Doorbell(key),
             Token::WriterExit(key),
+            Token::Faults(key),
         ] {
             assert_eq!(Token::from_bits(token.to_bits()), Some(token));
         }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::apply::Replica;
 use super::keys::Key;
+use super::losses::Losses;
 use super::tracked::Tracked;
 use crate::region::{Control, HoldPage, Stats};
 use crate::replicate::{Publication, ShipperId};
@@ -80,6 +81,7 @@ pub(super) struct Statistics {
     pub(super) capture_us: u64,
     pub(super) full_compares: u64,
     pub(super) last_loss: Option<String>,
+    pub(super) losses: Losses,
 }
 
 impl RegionEntry {

@@ -82,8 +82,15 @@ impl Reply {
 }
 
 impl Engine {
-    pub(super) fn handle(&mut self, request: Request, call: Call) -> Reply {
+    /// Carries a request out; none for one that is answered later.
+    pub(super) fn handle(&mut self, request: Request, call: Call) -> Option<Reply> {
+        if let Request::Cut { name } = &request {
+            let result = self.request_cut(name, &call);
+            return result
+                .unwrap_or_else(|refusal| Some(Reply::refused(refusal.code, refusal.message)));
+        }
         let result = match request {
+            Request::Cut { .. } => return None,
             Request::Hello { version } => self.hello(version),
             Request::Status => Ok(Reply::new(
                 Response::Status(Box::new(self.status())),
@@ -105,7 +112,7 @@ impl Engine {
             Request::Follow { source } => self.follow_request(&source, &call).map(|()| done()),
             Request::Unfollow { name } => self.unfollow_request(&name, &call).map(|()| done()),
         };
-        result.unwrap_or_else(|refusal| Reply::refused(refusal.code, refusal.message))
+        Some(result.unwrap_or_else(|refusal| Reply::refused(refusal.code, refusal.message)))
     }
 
     fn hello(&self, version: u32) -> Result<Reply, Refusal> {
@@ -389,6 +396,11 @@ pub(super) struct NewEntry {
     pub(super) kind: RegionKind,
     pub(super) data_fd: OwnedFd,
     pub(super) body: Body,
+}
+
+/// The answer to a request for a cut.
+pub(super) fn cut_made(epoch: u64) -> Reply {
+    Reply::new(Response::Cut { epoch }, vec![])
 }
 
 fn done() -> Reply {

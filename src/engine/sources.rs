@@ -5,26 +5,29 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::faults::{FaultThread, Writing};
+use super::hand_over::{Parts, check_mapping, check_mode, check_writer, open_control};
 use super::keys::Key;
+use super::losses::{Losses, kind_of_lost, printable};
 use super::regions::{Body, RegionEntry};
 use super::requests::{
-    Call, NewEntry, Refusal, Reply, chain, check_size, duplicate, not_found, parse_name, read_only,
+    Call, NewEntry, Refusal, Reply, check_size, duplicate, not_found, parse_name, read_only,
 };
 use super::timers::Timer;
 use super::tracked::{Finished, Progress, Start, Tracked};
 use super::{Engine, Token};
 use crate::limits;
-use crate::region::{Control, RegionKind};
+use crate::region::RegionKind;
 use crate::replicate::CaptureInfo;
 use crate::shm::SharedMemory;
 use crate::sys::map::{Access, Mapping};
-use crate::sys::memfd::{self, Seals};
+use crate::sys::memfd;
 use crate::sys::process::{EventFd, realtime_ns};
 use crate::sys::ring::Op;
 use crate::track::{Attachment, ExtentSet, Interval, Source, Tracker, Twin, WhenFull};
 use crate::units::{PAGE_SIZE, page_of};
 use crate::wire::control::{HandOver, RefusalCode, Response};
-use crate::words::{EpochKind, Generation, Mode, Publish, RegionName};
+use crate::words::{EpochKind, Generation, LossKind, Mode, Publish, RegionName};
 
 impl Engine {
     /// Takes over the tracking of a writer's region.
@@ -32,8 +35,10 @@ impl Engine {
         let name = parse_name(&offer.name)?;
         check_size(offer.size)?;
         let earlier = self.earlier_life(&name, &call)?;
+        check_mode(offer.mode, self.behaviour)?;
         let parts = Parts::take(&offer, call.fds)?;
         check_writer(&parts.attachment, call.peer.pid)?;
+        check_mapping(offer.mode, &parts.attachment)?;
         let control = open_control(&parts.control, offer.size)?;
         let doorbell = EventFd::new().map_err(|e| Refusal::failed("cannot make a doorbell", &e))?;
         let doorbell_fd = Arc::new(duplicate(&doorbell)?);
@@ -42,6 +47,10 @@ impl Engine {
         let control_fd = read_only(&parts.control)?;
         let mut tracked = self.tracked(&offer, parts.data, parts.attachment, earlier)?;
         tracked.doorbell = Some((doorbell, doorbell_fd));
+        tracked.chosen = offer.chosen.as_deref().map(printable);
+        if let Some(reason) = &tracked.chosen {
+            tracing::info!(region = %name, mode = %offer.mode, reason, "mode picked by auto");
+        }
         let generation = Generation::random();
         let new = NewEntry {
             name,
@@ -53,10 +62,15 @@ impl Engine {
             data_fd,
             body: Body::Tracked(Box::new(tracked)),
         };
+        let mut losses = Losses::default();
         if let Some(key) = earlier {
+            if let Some(entry) = self.regions.get_mut(key) {
+                losses = std::mem::take(&mut entry.statistics.losses);
+            }
             self.drop_region(key, "a new writer took over");
         }
-        let entry = self.entry_around(new, control, control_fd);
+        let mut entry = self.entry_around(new, control, control_fd);
+        entry.statistics.losses = losses;
         let key = self.add_region(entry);
         if let Some(connection) = self.controls.get_mut(call.connection) {
             connection
@@ -82,8 +96,10 @@ impl Engine {
         let memory = Mapping::shared(&data, offer.size, Access::ReadOnly)
             .map_err(|error| Refusal::failed("cannot map the region", &error))?;
         let writer_pid = attachment.pidfd.pid().ok();
-        let tracker = Tracker::new(offer.mode, Some(attachment))
+        let mut tracker = Tracker::new(offer.mode, Some(attachment))
             .map_err(|e| Refusal::failed("tracking cannot be taken over", &e))?;
+        let memory = SharedMemory::new(memory);
+        let faults = self.start_faults(&mut tracker, &memory)?;
         let own_bounds = (offer.interval_min_us, offer.interval_max_us);
         let interval = self.interval_for(offer.mode, own_bounds);
         let twin = match earlier.and_then(|key| self.take_twin(key, offer.size)) {
@@ -92,10 +108,7 @@ impl Engine {
                 Twin::new(offer.size).map_err(|e| Refusal::failed("no memory for the twin", &e))?
             }
         };
-        let source = Source::Mapped {
-            memory: SharedMemory::new(memory),
-            fd: data,
-        };
+        let source = Source::Mapped { memory, fd: data };
         let start = Start {
             twin,
             tracker,
@@ -105,8 +118,40 @@ impl Engine {
             publish: offer.publish,
             interval,
             own_bounds,
+            faults,
         };
         Ok(Tracked::new(start, self.now))
+    }
+
+    /// The thread that answers the faults of a region in mode `sync`.
+    fn start_faults(
+        &self,
+        tracker: &mut Tracker,
+        memory: &SharedMemory,
+    ) -> Result<Option<FaultThread>, Refusal> {
+        let Tracker::Sync { attachment, board } = tracker else {
+            return Ok(None);
+        };
+        let running = self.regions.iter().filter(|(_, entry)| match &entry.body {
+            Body::Tracked(tracked) => tracked.is_exact(),
+            _ => false,
+        });
+        if running.count() >= limits::MAX_FAULT_THREADS as usize {
+            return Err(Refusal::new(
+                RefusalCode::Limit,
+                format!(
+                    "the node has {} regions in mode sync already",
+                    limits::MAX_FAULT_THREADS
+                ),
+            ));
+        }
+        let Some(uffd) = attachment.uffd.take() else {
+            return Err(Refusal::invalid("a region in mode sync has a userfaultfd"));
+        };
+        let base = attachment.base;
+        FaultThread::start(board, memory.clone(), vec![Writing { uffd, base }])
+            .map(Some)
+            .map_err(|e| Refusal::failed("faults cannot be answered", &e))
     }
 
     /// The entry of that name if its writer is gone or is the caller itself.
@@ -196,6 +241,7 @@ impl Engine {
                 publish: Publish::Timer,
                 interval: self.interval_for(Mode::Compare, own_bounds),
                 own_bounds,
+                faults: None,
             },
             self.now,
         );
@@ -247,6 +293,7 @@ impl Engine {
 
     fn watch_writer(&mut self, key: Key) {
         self.await_doorbell(key);
+        self.await_faults(key);
         let Some(RegionEntry {
             body: Body::Tracked(tracked),
             ..
@@ -309,21 +356,89 @@ impl Engine {
         }
     }
 
+    fn await_faults(&mut self, key: Key) {
+        let Some(RegionEntry {
+            body: Body::Tracked(tracked),
+            ..
+        }) = self.regions.get(key)
+        else {
+            return;
+        };
+        let Some(faults) = &tracked.faults else {
+            return;
+        };
+        let op = Op::Poll {
+            fd: Arc::clone(faults.events()),
+            writable: false,
+        };
+        if let Err(error) = self.ring.submit(Token::Faults(key).to_bits(), op) {
+            tracing::error!(%error, "a region's faults are not heard of any more");
+        }
+    }
+
+    /// The fault thread of a region tells: a cut, a first store, a loss.
+    pub(super) fn faults_rang(&mut self, key: Key) {
+        let now = self.now;
+        let Some(entry) = self.regions.get_mut(key) else {
+            return;
+        };
+        let Body::Tracked(tracked) = &mut entry.body else {
+            return;
+        };
+        if let Some(lost) = tracked.hear_faults(&mut entry.statistics, now) {
+            let exited = tracked.living_writer().is_none();
+            match kind_of_lost(lost) {
+                Some(kind) => entry.statistics.losses.note(kind, &lost.to_string()),
+                None => drop(tracked.memory_gone.get_or_insert(now)),
+            }
+            tracing::warn!(region = %entry.name, %lost, exited, "stores are not tracked exactly any more: comparing");
+            tracked.end_faults(lost.to_string(), now);
+            self.refuse_cuts(key, &lost.to_string());
+        }
+        if self.is_late() {
+            self.make_runnable(key);
+        } else {
+            self.work_on(key);
+        }
+        self.await_faults(key);
+    }
+
     /// The last stores of a writer that is gone are still in the memory. Its end shows
     /// by its exit, or by the end of the connection that it handed the region over on:
     /// a program that drops its region unmaps it, and scans find nothing any more.
-    pub(super) fn writer_left(&mut self, key: Key, reason: &str) {
+    pub(super) fn writer_left(&mut self, key: Key, kind: LossKind) {
         let now = self.now;
         if let Some(entry) = self.regions.get_mut(key)
             && let Body::Tracked(tracked) = &mut entry.body
             && tracked.tracker.attachment().is_some()
         {
-            tracing::info!(region = %entry.name, pid = tracked.writer_pid, reason, "writer is gone");
+            let attachment = tracked.tracker.attachment();
+            if kind == LossKind::LinkEnded && attachment.is_some_and(is_ending) {
+                // Its end, or the audit, will tell which of the two it is.
+                tracked.link_ended = true;
+                tracked.memory_gone.get_or_insert(now);
+                return;
+            }
+            let exited = attachment.is_none_or(Attachment::has_exited);
+            let (kind, reason) = match kind {
+                LossKind::WriterReplaced => (kind, "the writing process runs another program"),
+                _ if exited => (LossKind::WriterExited, "the writer exited"),
+                _ => (
+                    kind,
+                    "the writer's link ended: it dropped the region, or ended",
+                ),
+            };
+            tracing::info!(region = %entry.name, pid = tracked.writer_pid, %kind, reason, "writer is gone");
+            entry.statistics.losses.note(kind, reason);
             tracked.doorbell = None;
-            tracked.tracker = Tracker::Compare { attachment: None };
+            tracked.end_faults(reason, now);
+            tracked.compare_from_now_on();
+            tracked.tracker.take_attachment();
             tracked.lose(reason, now);
             self.ring.cancel(Token::Doorbell(key).to_bits());
+            self.ring.cancel(Token::Faults(key).to_bits());
             self.ring.cancel(Token::WriterExit(key).to_bits());
+            self.refuse_cuts(key, reason);
             self.make_runnable(key);
         }
     }
@@ -359,6 +474,7 @@ impl Engine {
             .set_busy(tracked.is_capturing() || shows_nothing);
         match progress {
             Progress::Idle => self.set_region_timer(key),
+            Progress::Asked => {}
             Progress::More => self.make_runnable(key),
             Progress::Later(at) => self.set_timer(key, at),
             Progress::Done(finished) => self.publish_capture(key, finished),
@@ -376,6 +492,7 @@ impl Engine {
             captured,
             kind,
             request,
+            cut,
             source_time_ns,
             cost,
         } = finished;
@@ -422,10 +539,18 @@ impl Engine {
                     .answer_commit(request, entry.epoch, entry.kind);
             }
         }
-        let again = self
-            .regions
-            .get(key)
-            .is_some_and(|e| e.control.commit_pending().is_some());
+        if let Some(number) = cut {
+            self.answer_cuts(key, number);
+        }
+        self.capture_next(key);
+    }
+
+    /// What was asked for while a capture went on is begun at once, the rest in time.
+    fn capture_next(&mut self, key: Key) {
+        let again = self.regions.get(key).is_some_and(|entry| {
+            let waits = matches!(&entry.body, Body::Tracked(tracked) if tracked.cut_wanted);
+            waits || entry.control.commit_pending().is_some()
+        });
         if again {
             self.make_runnable(key);
         } else {
@@ -518,7 +643,9 @@ impl Engine {
         self.names.remove(&entry.name);
         tracing::info!(region = %entry.name, reason, "region ended");
         entry.control.retire();
+        self.refuse_cuts(key, reason);
         self.ring.cancel(Token::Doorbell(key).to_bits());
+        self.ring.cancel(Token::Faults(key).to_bits());
         self.ring.cancel(Token::WriterExit(key).to_bits());
         for follower in &entry.followers {
             self.close_peer(follower.peer, reason);
@@ -529,6 +656,17 @@ impl Engine {
             self.close_peer(peer, reason);
         }
     }
+}
+
+/// Whether a process that still counts as living has no memory any more: it exits, or
+/// it became another program.
+fn is_ending(attachment: &Attachment) -> bool {
+    let Some(pagemap) = attachment.pagemap.as_ref() else {
+        return false;
+    };
+    let first = pagemap.tracked_bytes(attachment.base, attachment.base + PAGE_SIZE);
+    let gone = first.is_err_and(|error| error.raw_os_error() == Some(nix::libc::ESRCH));
+    gone && !attachment.has_exited()
 }
 
 /// Saves the old content of the pages of `range` for updates still being sent.
@@ -542,96 +680,4 @@ pub(super) fn save_pages(pre: &mut crate::track::PreImages, content: &[u8], rang
         // Writes that are answered never wait: the slowest update starts again instead.
         let _ = pre.before_change(page, &content[start..end], WhenFull::Abort);
     }
-}
-
-/// The descriptors of a hand-over, each of the kind it has to be.
-struct Parts {
-    data: OwnedFd,
-    control: OwnedFd,
-    attachment: Attachment,
-}
-
-impl Parts {
-    fn take(offer: &HandOver, fds: Vec<OwnedFd>) -> Result<Self, Refusal> {
-        let expected = if offer.mode == Mode::Async { 5 } else { 3 };
-        if fds.len() != expected {
-            return Err(Refusal::invalid(format!(
-                "a hand-over in mode {} carries {expected} descriptors, not {}",
-                offer.mode,
-                fds.len()
-            )));
-        }
-        let mut fds = fds.into_iter();
-        let mut next = || {
-            fds.next()
-                .ok_or_else(|| Refusal::invalid("a descriptor is missing"))
-        };
-        let (data, control, pidfd) = (next()?, next()?, next()?);
-        check_data(&data, offer.size)?;
-        let (uffd, pagemap) = match offer.mode {
-            Mode::Async => (Some(next()?), Some(next()?)),
-            _ => (None, None),
-        };
-        let (base, size) = (offer.base, offer.size);
-        let attachment = Attachment::from_parts(offer.mode, uffd, pagemap, pidfd, base, size)
-            .map_err(|e| {
-                Refusal::invalid(format!("tracking cannot be taken over: {}", chain(&e)))
-            })?;
-        Ok(Self {
-            data,
-            control,
-            attachment,
-        })
-    }
-}
-
-/// Whoever hands a region over writes it: another process's end would not be noticed.
-fn check_writer(attachment: &Attachment, peer: i32) -> Result<(), Refusal> {
-    let pid = attachment
-        .pidfd
-        .pid()
-        .map_err(|e| Refusal::failed("cannot read the pidfd", &e))?;
-    // The kernel says 0 of a process in another namespace.
-    if peer != 0 && pid != peer {
-        return Err(Refusal::invalid(format!(
-            "the pidfd is of process {pid}, the request of process {peer}; \
-             a writer hands its own region over"
-        )));
-    }
-    Ok(())
-}
-
-/// The control page that a writer passed, if it is one of a region of `size` bytes.
-fn open_control(fd: &OwnedFd, size: u64) -> Result<Control, Refusal> {
-    let control = Control::open(fd, Access::ReadWrite).map_err(|error| {
-        Refusal::invalid(format!("the control page is not one: {}", chain(&error)))
-    })?;
-    let identity = control.identity();
-    if identity.size != size || identity.kind != RegionKind::Source {
-        return Err(Refusal::invalid(format!(
-            "the control page tells of {} bytes, the request of {size}",
-            identity.size
-        )));
-    }
-    Ok(control)
-}
-
-/// A data memfd that cannot shrink under the engine and that nobody else can write.
-fn check_data(data: &OwnedFd, size: u64) -> Result<(), Refusal> {
-    let seals = memfd::seals(data).map_err(|e| {
-        Refusal::invalid(format!("the first descriptor is no memfd: {}", chain(&e)))
-    })?;
-    let needed = Seals::SHRINK | Seals::FUTURE_WRITE | Seals::SEAL;
-    if !seals.contains(needed) {
-        return Err(Refusal::invalid(format!(
-            "the data memfd has seals {seals:?}; it needs {needed:?}"
-        )));
-    }
-    let real = memfd::size(data).map_err(|e| Refusal::failed("cannot look at the memfd", &e))?;
-    if real < size {
-        return Err(Refusal::invalid(format!(
-            "the data memfd has {real} bytes, not {size}"
-        )));
-    }
-    Ok(())
 }

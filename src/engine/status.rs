@@ -2,21 +2,26 @@
 
 use std::time::Duration;
 
-use super::Engine;
 use super::keys::Key;
 use super::regions::{Body, RegionEntry};
+use super::{Engine, Tunables};
 use crate::limits;
 use crate::replicate::ShipperStatus;
 use crate::sys::process::rss_bytes;
-use crate::wire::control::{NodeStatus, RegionStatus, ReplicaStatus};
-use crate::words::{EpochKind, Generation};
+use crate::track::Audit;
+use crate::units::PAGE_SIZE;
+use crate::wire::control::{AuditStatus, ExactStatus, NodeStatus, RegionStatus, ReplicaStatus};
+use crate::words::{EpochKind, Generation, Mode};
+
+/// Why a region that the node holds has no mode.
+const HELD: &str = "the node makes every change itself: nothing has to be found";
 
 impl Engine {
     pub(super) fn status(&mut self) -> NodeStatus {
         let mut regions: Vec<RegionStatus> = self
             .regions
             .iter()
-            .map(|(_, entry)| entry.status())
+            .map(|(_, entry)| entry.status(&self.settings.tunables))
             .collect();
         regions.sort_by(|a, b| a.name.cmp(&b.name));
         NodeStatus {
@@ -38,7 +43,8 @@ impl Engine {
     }
 
     pub(super) fn region_status(&self, key: Key) -> Option<RegionStatus> {
-        self.regions.get(key).map(RegionEntry::status)
+        let entry = self.regions.get(key)?;
+        Some(entry.status(&self.settings.tunables))
     }
 
     /// Rates, and replicas that stay away too long.
@@ -63,7 +69,7 @@ impl Engine {
         let settled = self.regions.iter().all(|(_, entry)| {
             let capturing = match &entry.body {
                 Body::Tracked(tracked) => {
-                    tracked.is_capturing() || tracked.due.is_some_and(|due| due <= self.now)
+                    tracked.is_at_work() || tracked.due.is_some_and(|due| due <= self.now)
                 }
                 _ => false,
             };
@@ -78,13 +84,14 @@ impl Engine {
 }
 
 impl RegionEntry {
-    pub(super) fn status(&self) -> RegionStatus {
+    pub(super) fn status(&self, tunables: &Tunables) -> RegionStatus {
         let pre_images = self.publication.pre_image_bytes();
         let (state, mode, publish, overhead, writer_pid) = match &self.body {
             Body::Tracked(tracked) => {
                 let alive = tracked.is_file() || tracked.tracker.attachment().is_some();
                 let state = if alive { "live" } else { "orphaned" };
-                let twin = tracked.twin.resident_bytes();
+                let pool = tracked.faults.as_ref().map(|it| it.board().pool_bytes());
+                let twin = tracked.twin.resident_bytes() + pool.unwrap_or(0);
                 let pid = tracked.tracker.attachment().and(tracked.writer_pid);
                 (state, Some(tracked.mode), Some(tracked.publish), twin, pid)
             }
@@ -101,6 +108,7 @@ impl RegionEntry {
             Body::Tracked(tracked) => Duration::from_micros(tracked.interval.current()),
             _ => Duration::ZERO,
         };
+        let (tracking, chosen, audit) = self.tracking(tunables);
         let (source, applied) = match &self.body {
             Body::Replica(replica) => (Some(replica.spec.to_string()), Some(replica.counts())),
             _ => (None, None),
@@ -117,6 +125,8 @@ impl RegionEntry {
             role: self.role(),
             state: state.to_owned(),
             mode,
+            tracking,
+            chosen,
             publish,
             shared: self.shared,
             owner_uid: self.owner_uid,
@@ -131,11 +141,52 @@ impl RegionEntry {
             capture_us: self.statistics.capture_us,
             full_compares: self.statistics.full_compares,
             last_loss: self.statistics.last_loss.clone(),
+            losses: self.statistics.losses.status(),
+            audit,
+            exact: self.exact_status(),
             readers: self.readers.len() as u64,
             source,
             replicas: replicas.map(replica_status).collect(),
             applied,
         }
+    }
+
+    /// How changes are found now, why in that way, and how the audit of it gets on.
+    fn tracking(&self, tunables: &Tunables) -> (Option<Mode>, Option<String>, Option<AuditStatus>) {
+        match &self.body {
+            Body::Tracked(tracked) => {
+                let audit = Some(&tracked.audit).filter(|_| Audit::concerns(&tracked.tracker));
+                (
+                    Some(tracked.tracker.mode()),
+                    tracked.chosen.clone(),
+                    audit.map(|audit| audit.status(tunables.audit_period)),
+                )
+            }
+            Body::Held(_) => (None, Some(HELD.to_owned()), None),
+            Body::Replica(_) => (None, None, None),
+        }
+    }
+}
+
+impl RegionEntry {
+    fn exact_status(&self) -> Option<ExactStatus> {
+        let Body::Tracked(tracked) = &self.body else {
+            return None;
+        };
+        let stats = tracked.faults.as_ref()?.board().stats();
+        Some(ExactStatus {
+            cuts: stats.cuts,
+            withheld_us: stats.last_withheld_ns.div_ceil(1_000),
+            longest_withheld_us: stats.longest_withheld_ns.div_ceil(1_000),
+            faults: stats.faults,
+            saved_pages: stats.saved_pages,
+            pool_bytes: stats.slots * PAGE_SIZE,
+            pool_used_bytes: stats.slots_used.min(stats.slots) * PAGE_SIZE,
+            voided: stats.voided,
+            hot_pages: stats.hot_pages,
+            hot_after: limits::HOT_CUTS,
+            dirty_pages: stats.dirty_pages,
+        })
     }
 }
 

@@ -17,7 +17,11 @@ pub(crate) enum Timer {
     Dial(Key),
     /// A listening socket that rested takes connections again.
     Listen,
-    /// Once a second: rates, forgotten replicas.
+    /// Requests for cuts that took too long.
+    Cuts,
+    /// What is left of this second's audit.
+    Audit,
+    /// Once a second: rates, forgotten replicas, new audit work.
     Sweep,
 }
 

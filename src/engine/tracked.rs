@@ -14,10 +14,18 @@
 //! I2. An epoch is a cut only if no thread was inside a guard before and after the
 //!     capture, none entered in between, and the commit that asked for it still waits.
 //! I3. When tracking was lost for any reason the next capture compares everything.
+//! I4. In mode `sync` a capture begins with a cut that the fault thread makes ([`exact`]),
+//!     and every epoch is one.
+
+#[path = "exact.rs"]
+mod exact;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::audit::Audit;
+use super::faults::FaultThread;
+use super::losses::kind_of;
 use super::regions::Statistics;
 use crate::limits;
 use crate::region::{Control, GuardState};
@@ -28,6 +36,7 @@ use crate::track::{
 };
 use crate::units::PAGE_SIZE;
 use crate::words::{EpochKind, Mode, Publish};
+use exact::Asked;
 
 /// Everything the loop keeps of a tracked region beside its entry.
 pub(super) struct Tracked {
@@ -37,17 +46,31 @@ pub(super) struct Tracked {
     pub(super) doorbell: Option<(EventFd, Arc<std::os::fd::OwnedFd>)>,
     pub(super) writer_pid: Option<i32>,
     pub(super) mode: Mode,
+    /// Why it is this mode, if the writer left that to `auto`.
+    pub(super) chosen: Option<String>,
     pub(super) publish: Publish,
     pub(super) interval: Interval,
     /// Bounds that the writer asked for, in microseconds.
     pub(super) own_bounds: (Option<u64>, Option<u64>),
-    /// Where the audit of the mapping goes on, in bytes.
-    pub(super) audited: u64,
+    pub(super) audit: Audit,
+    /// Whether the connection of the hand-over ended and the process has not yet.
+    pub(super) link_ended: bool,
+    /// Since when a process that counts as living has had no memory: it exits, which
+    /// takes a moment, or it became another program.
+    pub(super) memory_gone: Option<Instant>,
     capture: Option<Running>,
     /// Why the next capture has to compare everything.
     lost: Option<String>,
     /// When the next timer capture is due; none where only commits publish.
     pub(super) due: Option<Instant>,
+    /// In mode `sync`: who answers the writer's faults.
+    pub(super) faults: Option<FaultThread>,
+    /// A cut that the fault thread was asked for.
+    asked: Option<Asked>,
+    /// Whether somebody waits for a cut beside commits and the timer.
+    pub(super) cut_wanted: bool,
+    /// The last cut that was asked for.
+    last_asked: u64,
 }
 
 struct Running {
@@ -58,6 +81,8 @@ struct Running {
     put_off_since: Option<Instant>,
     /// Whether tracking was lost in this capture already.
     lost: bool,
+    /// Whether it serves those who asked for a cut.
+    on_demand: bool,
 }
 
 /// A commit request and the guard's state when the capture for it began.
@@ -75,6 +100,8 @@ pub(super) enum Progress {
     More,
     /// Call again at that time.
     Later(Instant),
+    /// The fault thread will tell.
+    Asked,
     /// A capture is complete.
     Done(Finished),
 }
@@ -85,6 +112,8 @@ pub(super) struct Finished {
     pub(super) kind: EpochKind,
     /// The request that it answers.
     pub(super) request: Option<u64>,
+    /// In mode `sync`: which cut it is.
+    pub(super) cut: Option<u64>,
     pub(super) source_time_ns: u64,
     pub(super) cost: Duration,
 }
@@ -99,6 +128,7 @@ pub(super) struct Start {
     pub(super) publish: Publish,
     pub(super) interval: Interval,
     pub(super) own_bounds: (Option<u64>, Option<u64>),
+    pub(super) faults: Option<FaultThread>,
 }
 
 impl Tracked {
@@ -119,14 +149,21 @@ impl Tracked {
             doorbell: None,
             writer_pid,
             mode,
+            chosen: None,
             publish,
             interval: start.interval,
             own_bounds: start.own_bounds,
-            audited: 0,
+            audit: Audit::new(now),
+            link_ended: false,
+            memory_gone: None,
             capture: None,
             // The first capture reads everything that is there.
             lost: Some("first capture".to_owned()),
             due: Some(now),
+            faults: start.faults,
+            asked: None,
+            cut_wanted: false,
+            last_asked: 0,
         }
     }
 
@@ -160,10 +197,15 @@ impl Tracked {
         self.capture.is_some()
     }
 
+    /// Whether a capture is in progress or about to begin.
+    pub(super) fn is_at_work(&self) -> bool {
+        self.capture.is_some() || self.asked.is_some()
+    }
+
     /// The writer's process id while it lives.
     pub(super) fn living_writer(&self) -> Option<i32> {
         let attachment = self.tracker.attachment()?;
-        if attachment.has_exited() {
+        if self.link_ended || attachment.has_exited() {
             None
         } else {
             self.writer_pid
@@ -176,9 +218,39 @@ impl Tracked {
         self.due = Some(now);
     }
 
+    /// Whether the next capture compares everything.
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.is_some()
+    }
+
+    /// Gives write-protection up, for a mapping that it does not hold for any more.
+    pub(super) fn compare_from_now_on(&mut self) {
+        self.tracker = Tracker::Compare {
+            attachment: self.tracker.take_attachment(),
+        };
+        // A capture of what was reported would end as if nothing else had changed.
+        if self.capture.is_some() {
+            self.restart_whole();
+        }
+    }
+
+    /// Work done on the capture in progress.
+    pub(super) fn work_done(&self) -> Duration {
+        self.capture
+            .as_ref()
+            .map_or(Duration::ZERO, |running| running.cost)
+    }
+
+    /// Whether somebody is there who may still change the memory.
+    pub(super) fn has_source(&self) -> bool {
+        self.is_file() || self.tracker.attachment().is_some()
+    }
+
     /// Whether a capture is wanted at `now`.
     fn wanted(&self, control: &Control, now: Instant) -> bool {
-        control.commit_pending().is_some() || self.due.is_some_and(|due| due <= now)
+        control.commit_pending().is_some()
+            || self.cut_wanted
+            || self.due.is_some_and(|due| due <= now)
     }
 
     /// Works on the region for at most `budget`.
@@ -191,15 +263,29 @@ impl Tracked {
         budget: Duration,
     ) -> Progress {
         if self.capture.is_none() {
-            if !self.wanted(control, now) {
+            if self.asked.is_none() && !self.wanted(control, now) {
                 return Progress::Idle;
             }
-            self.begin(control, statistics);
+            if self.is_exact() {
+                if !self.begin_exact(control, statistics) {
+                    let still = self.is_exact();
+                    return if still {
+                        Progress::Asked
+                    } else {
+                        Progress::More
+                    };
+                }
+            } else {
+                self.begin(control, statistics);
+            }
         }
         let started = Instant::now();
         let outcome = self.steps(control, pre, statistics, now, started + budget);
         if let Some(running) = &mut self.capture {
             running.cost += started.elapsed();
+        }
+        if let Some(faults) = &self.faults {
+            faults.freed();
         }
         match outcome {
             Some(Step::Done(captured)) => match self.capture.take() {
@@ -237,6 +323,7 @@ impl Tracked {
             cost: Duration::ZERO,
             put_off_since: None,
             lost: false,
+            on_demand: false,
         });
     }
 
@@ -255,7 +342,12 @@ impl Tracked {
             let waited = running
                 .put_off_since
                 .is_some_and(|since| now - since >= bound);
-            let urgent = waited || running.commit.is_some() || control.commit_pending().is_some();
+            let starved = self
+                .faults
+                .as_ref()
+                .is_some_and(|it| it.board().is_starved());
+            let urgent =
+                waited || starved || running.commit.is_some() || control.commit_pending().is_some();
             let when_full = if urgent {
                 WhenFull::Abort
             } else {
@@ -275,21 +367,36 @@ impl Tracked {
                     running.put_off_since.get_or_insert(now);
                     return Some(Step::NoRoom);
                 }
+                Step::Lost(error) if running.capture.is_of_cut() => {
+                    self.give_up_cut(&error, statistics, now);
+                    return None;
+                }
                 Step::Lost(error) => {
                     pre.give_up_coming();
                     tracing::warn!(error = super::requests::chain(&error), "tracking lost");
                     statistics.full_compares += 1;
-                    statistics.last_loss = Some(super::requests::chain(&error));
-                    // What cannot be armed again is compared from now on.
-                    if std::mem::replace(&mut running.lost, true) {
-                        self.tracker = Tracker::Compare {
-                            attachment: self.tracker.take_attachment(),
-                        };
+                    let reason = super::requests::chain(&error);
+                    match kind_of(&error) {
+                        Some(kind) => statistics.losses.note(kind, &reason),
+                        None => drop(self.memory_gone.get_or_insert(now)),
                     }
+                    statistics.last_loss = Some(reason);
+                    // What cannot be armed again is compared from now on.
+                    let again = std::mem::replace(&mut running.lost, true);
                     running.capture = Capture::full();
+                    if again {
+                        self.compare_from_now_on();
+                    }
                 }
                 done => return Some(done),
             }
+        }
+    }
+
+    /// What was moved into the twin until now is noted there: nothing of it is lost.
+    fn restart_whole(&mut self) {
+        if let Some(running) = &mut self.capture {
+            running.capture = Capture::full();
         }
     }
 
@@ -297,13 +404,15 @@ impl Tracked {
         let still_quiet = running
             .commit
             .is_some_and(|seen| seen.guard.is_cut(&control.guard_state()));
+        let exact = running.capture.is_of_cut();
         Finished {
-            kind: if still_quiet {
+            kind: if still_quiet || exact {
                 EpochKind::Cut
             } else {
                 EpochKind::Convergent
             },
             request: running.commit.map(|seen| seen.request),
+            cut: running.capture.is_of_cut().then_some(self.last_asked),
             source_time_ns: running.source_time_ns,
             cost: running.cost,
             captured,
@@ -314,8 +423,11 @@ impl Tracked {
     pub(super) fn schedule(&mut self, cost: Duration, dirty_pages: u64, now: Instant) {
         let cost_us = u64::try_from(cost.as_micros()).unwrap_or(u64::MAX);
         let pause = self.interval.after_capture(cost_us, dirty_pages);
-        let stands_still = self.tracker.attachment().is_none() && !self.is_file();
-        let by_timer = self.publish == Publish::Timer && !stands_still;
+        let nothing_new = self
+            .faults
+            .as_ref()
+            .is_some_and(|it| !it.board().is_dirty());
+        let by_timer = self.publish == Publish::Timer && self.has_source() && !nothing_new;
         if self.due.is_none() && by_timer {
             self.due = Some(now + Duration::from_micros(pause));
         }

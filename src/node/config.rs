@@ -10,6 +10,7 @@
 //! interval_min_us = 1000
 //! interval_max_us = 20000
 //! mark_max_delay_us = 5000
+//! audit_period_ms = 60000
 //! staging_budget = "512MiB"
 //! log = "info"
 //! ```
@@ -149,6 +150,8 @@ pub struct NodeConfig {
     pub interval_max_us: u64,
     /// Time within which marked bytes are shipped without a commit, in microseconds.
     pub mark_max_delay_us: u64,
+    /// Time in which the audit compares each region with its twin, in milliseconds.
+    pub audit_period_ms: u64,
     /// Bytes of updates staged at once over all replicas; worst-case memory of staging.
     #[serde(deserialize_with = "byte_size")]
     pub staging_budget: u64,
@@ -168,6 +171,7 @@ impl Default for NodeConfig {
             interval_min_us: limits::INTERVAL_MIN_US,
             interval_max_us: limits::INTERVAL_MAX_US,
             mark_max_delay_us: limits::MARK_MAX_DELAY_US,
+            audit_period_ms: limits::AUDIT_PERIOD_MS,
             staging_budget: limits::STAGING_BUDGET,
             log: "info".to_owned(),
         }
@@ -278,12 +282,17 @@ impl NodeConfig {
         }
         let follows = self.follow.len() as u64;
         let pauses = (limits::PAUSE_FLOOR_US, limits::PAUSE_CEILING_US);
+        let audits = (
+            limits::AUDIT_PERIOD_FLOOR_MS,
+            limits::AUDIT_PERIOD_CEILING_MS,
+        );
         let staging = (2 * limits::MAX_BODY, limits::MAX_REGION_BYTES);
         for (key, value, (least, most)) in [
             ("follow", follows, (0, limits::MAX_REGIONS)),
             ("interval_min_us", self.interval_min_us, pauses),
             ("interval_max_us", self.interval_max_us, pauses),
             ("mark_max_delay_us", self.mark_max_delay_us, pauses),
+            ("audit_period_ms", self.audit_period_ms, audits),
             ("staging_budget", self.staging_budget, staging),
         ] {
             if !(least..=most).contains(&value) {
@@ -327,6 +336,7 @@ impl NodeConfig {
             min_us: config.interval_min_us,
             max_us: config.interval_max_us,
             mark_max_delay_us: config.mark_max_delay_us,
+            audit_period_ms: config.audit_period_ms,
         };
         let changed = [
             ("name", self.name != other.name),
@@ -362,6 +372,8 @@ pub struct Intervals {
     pub max_us: u64,
     /// Time within which marked bytes are shipped.
     pub mark_max_delay_us: u64,
+    /// Time in which the audit gets round, in milliseconds.
+    pub audit_period_ms: u64,
 }
 
 /// What differs between a running configuration and one read again.

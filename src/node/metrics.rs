@@ -110,6 +110,12 @@ struct RegionLabels {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct LossLabels {
+    region: String,
+    kind: &'static str,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct ReplicaLabels {
     region: String,
     node: String,
@@ -149,6 +155,7 @@ fn text(status: &NodeStatus) -> String {
         registry.register(name, help, gauge);
     }
     region_figures(&mut registry, status);
+    loss_figures(&mut registry, status);
     replica_figures(&mut registry, status);
     let mut out = String::new();
     match encode(&mut out, &registry) {
@@ -197,6 +204,43 @@ fn region_figures(registry: &mut Registry, status: &NodeStatus) {
         captures.get_or_create(&labels).set(region.captures);
         compares.get_or_create(&labels).set(region.full_compares);
         interval.get_or_create(&labels).set(region.interval_us);
+    }
+}
+
+fn loss_figures(registry: &mut Registry, status: &NodeStatus) {
+    let losses = Family::<LossLabels, Gauge<u64, AtomicU64>>::default();
+    let last = Family::<LossLabels, Gauge<u64, AtomicU64>>::default();
+    let rounds = Family::<RegionLabels, Gauge<u64, AtomicU64>>::default();
+    registry.register(
+        "region_losses",
+        "Times that tracking was lost, by kind",
+        losses.clone(),
+    );
+    registry.register(
+        "region_last_loss_milliseconds",
+        "Time of the last loss of a kind, since 1970",
+        last.clone(),
+    );
+    registry.register(
+        "region_audit_rounds",
+        "Times that the audit compared the whole region",
+        rounds.clone(),
+    );
+    for region in &status.regions {
+        for loss in &region.losses {
+            let labels = LossLabels {
+                region: region.name.clone(),
+                kind: loss.kind.as_str(),
+            };
+            losses.get_or_create(&labels).set(loss.count);
+            last.get_or_create(&labels).set(loss.at_ms);
+        }
+        if let Some(audit) = &region.audit {
+            let labels = RegionLabels {
+                region: region.name.clone(),
+            };
+            rounds.get_or_create(&labels).set(audit.rounds);
+        }
     }
 }
 

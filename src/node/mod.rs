@@ -34,6 +34,7 @@ pub use metrics::MetricsError;
 
 use crate::engine::{CommandError, Commands, Engine, EngineError, Reloader, Settings, Tunables};
 use crate::limits;
+use crate::sys::behaviour::Behaviour;
 use crate::sys::{SysError, net, process};
 
 /// Why a node could not start or go on.
@@ -195,8 +196,20 @@ pub fn serve(
     )?;
     // After the engine blocked its signals, so that this thread inherits that.
     let _metrics = metrics::serve(config.metrics, &commands)?;
+    tell_behaviour();
     ready(&config, engine.listen_address());
     Ok(engine.run()?)
+}
+
+/// Says once what the kernel's scans do, and what that rules out.
+fn tell_behaviour() {
+    let found = Behaviour::of_process();
+    match found.allows_tracking() {
+        Ok(()) => tracing::info!(found = %found, "page-map scans tried"),
+        Err(denied) => {
+            tracing::warn!(found = %found, %denied, "mode async is refused on this kernel");
+        }
+    }
 }
 
 fn reloader(
@@ -232,6 +245,7 @@ fn tunables(config: &NodeConfig) -> Tunables {
         interval_min: Duration::from_micros(config.interval_min_us),
         interval_max: Duration::from_micros(config.interval_max_us),
         mark_max_delay: Duration::from_micros(config.mark_max_delay_us),
+        audit_period: Duration::from_millis(config.audit_period_ms),
         follow: config.follow.clone(),
     }
 }

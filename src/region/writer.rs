@@ -30,6 +30,18 @@ pub struct RegionOptions {
     pub mode: Mode,
     /// When epochs are made.
     pub publish: Publish,
+    /// Whether children made by `fork` are left without the memory. Default true: a
+    /// child that stores into it gets `SIGSEGV`. Without it a child inherits the
+    /// mapping and its stores change the region, but write-protection does not see
+    /// them: only the audit does, within its period, and then the region is compared
+    /// whole each time.
+    pub dont_fork: bool,
+    /// Whether the mapping is sealed (`mseal(2)`, Linux 6.10). Default false. Then no
+    /// code of this process, however it came in, can unmap, move or map over the memory
+    /// or change its access: tracking cannot be lost that way. The memory stays mapped
+    /// until the process ends, also after the region was dropped: each region made
+    /// costs its pages and address space for ever.
+    pub mseal: bool,
 }
 
 impl Default for RegionOptions {
@@ -38,6 +50,8 @@ impl Default for RegionOptions {
         Self {
             mode: Mode::Async,
             publish: Publish::Timer,
+            dont_fork: true,
+            mseal: false,
         }
     }
 }
@@ -73,7 +87,8 @@ impl Shared {
 ///
 /// Threads may store into it by any means: [`Region::write`], typed fields,
 /// [`Region::as_ptr`]. How the stores are found is the mode's matter. The memory
-/// is not inherited by `fork`, and nobody else can ever map it for writing.
+/// is not inherited by `fork` (unless [`RegionOptions::dont_fork`] is off), and nobody
+/// else can ever map it for writing.
 ///
 /// Memory: the pages that were written, 132 KiB of control page as it is used, and
 /// one bit per page.
@@ -109,7 +124,12 @@ impl Region {
         let memfd_name = format!("uffd-sync:{name}");
         let fd = memfd::create(&memfd_name, page_align_up(size)).map_err(&action)?;
         let mapping = Mapping::shared(&fd, size, Access::ReadWrite).map_err(&action)?;
-        mapping.dont_fork().map_err(&action)?;
+        if options.dont_fork {
+            mapping.dont_fork().map_err(&action)?;
+        }
+        if options.mseal {
+            mapping.seal().map_err(&action)?;
+        }
         let seals = Seals::FUTURE_WRITE | Seals::SHRINK | Seals::GROW | Seals::SEAL;
         memfd::add_seals(&fd, seals).map_err(&action)?;
         let identity = Identity {
@@ -119,6 +139,9 @@ impl Region {
             kind: RegionKind::Source,
         };
         let (control, control_fd) = Control::create(&format!("{memfd_name}:control"), &identity)?;
+        // The engine may be another user's: it reads the one and shares both with readers.
+        memfd::let_others_read(&fd).map_err(&action)?;
+        memfd::let_others_read(&control_fd).map_err(&action)?;
         Ok(Self {
             shared: Arc::new(Shared {
                 control,

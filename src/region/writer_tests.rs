@@ -25,6 +25,7 @@ fn manual() -> RegionOptions {
     RegionOptions {
         mode: Mode::Manual,
         publish: Publish::Commit,
+        ..RegionOptions::default()
     }
 }
 

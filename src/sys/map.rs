@@ -5,7 +5,8 @@
 //! [`PrivateMemory`] is this process's alone, so it is a plain slice.
 //!
 //! Invariants:
-//! * I1: `ptr .. ptr + len` is mapped from creation to drop, by this object alone.
+//! * I1: `ptr .. ptr + len` is mapped from creation to drop, by this object alone;
+//!   a sealed mapping stays until the process ends.
 //! * I2: a mapping of a file lies within the file at creation; who shrinks an
 //!   unsealed file later gets `SIGBUS` in its readers, so what comes from a peer
 //!   is mapped only if it is sealed against shrinking.
@@ -18,11 +19,11 @@ use std::num::NonZeroUsize;
 use std::ops::{Deref, DerefMut, Range};
 use std::os::fd::AsFd;
 use std::ptr::NonNull;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, mmap_anonymous, munmap};
 
-use super::{SysError, memfd};
+use super::{SysError, check, memfd};
 use crate::units::{MIB, PAGE_SIZE, checked_range, page_align_up};
 
 /// Size and alignment of a huge page, in bytes.
@@ -43,6 +44,8 @@ pub struct Mapping {
     ptr: NonNull<u8>,
     len: u64,
     access: Access,
+    /// Whether the kernel refuses to unmap it.
+    sealed: AtomicBool,
 }
 
 // SAFETY: required: moving or sharing the object between threads is sound. It
@@ -83,6 +86,7 @@ impl Mapping {
             ptr: ptr.cast(),
             len,
             access,
+            sealed: AtomicBool::new(false),
         })
     }
 
@@ -120,6 +124,34 @@ impl Mapping {
         self.advise(MmapAdvise::MADV_DONTFORK)
     }
 
+    /// Lets nothing in this process unmap, move or map over the memory, or change its
+    /// access, for as long as the process lives (`mseal(2)`, Linux 6.10 on 64-bit
+    /// machines). That cannot be undone: dropping the object leaves the memory mapped.
+    ///
+    /// # Errors
+    /// `ENOSYS` on a kernel without the call, with the remedy.
+    pub fn seal(&self) -> Result<(), SysError> {
+        // The same number on all machines (`include/uapi/asm-generic/unistd.h`).
+        const SYS_MSEAL: libc::c_long = 462;
+        // SAFETY: required: nothing; the call changes what may be done to the range
+        // later. I1 keeps it mapped, and `drop` leaves it alone from now on.
+        let answer = unsafe { libc::syscall(SYS_MSEAL, self.ptr.as_ptr(), self.len as usize, 0) };
+        check("mseal", answer).map_err(|e| match e.raw_os_error() {
+            Some(libc::ENOSYS | libc::EPERM) => e.with_remedy(
+                "use Linux 6.10 or newer on a 64-bit machine and allow mseal(2) in the \
+                 container's seccomp profile, or leave the option mseal off",
+            ),
+            _ => e,
+        })?;
+        self.sealed.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Whether it stays mapped until the process ends.
+    pub fn is_sealed(&self) -> bool {
+        self.sealed.load(Ordering::Relaxed)
+    }
+
     /// The 32-bit word at `offset`, if it is aligned and lies within the mapping.
     /// Storing to a word of a read-only mapping is a `SIGSEGV`.
     pub(super) fn word(&self, offset: u64) -> Option<&AtomicU32> {
@@ -153,9 +185,17 @@ impl Mapping {
         .map_err(|e| SysError::new("madvise", e))
     }
 
+    /// Asks for huge pages, where the system gives them to shared memory.
+    ///
+    /// # Errors
+    /// `EINVAL` on a kernel that has none.
+    pub(super) fn advise_huge(&self) -> Result<(), SysError> {
+        self.advise(MmapAdvise::MADV_HUGEPAGE)
+    }
+
     fn advise(&self, advice: MmapAdvise) -> Result<(), SysError> {
         // SAFETY: required: the range is mapped and the advice leaves its content
-        // alone. I1; only DONTFORK is ever given.
+        // alone. I1; only DONTFORK and HUGEPAGE are ever given.
         unsafe { madvise(self.ptr.cast(), self.len as usize, advice) }
             .map_err(|e| SysError::new("madvise", e))
     }
@@ -163,7 +203,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        unmap(self.ptr, self.len);
+        if !self.is_sealed() {
+            unmap(self.ptr, self.len);
+        }
     }
 }
 
@@ -337,6 +379,26 @@ mod tests {
         assert_eq!(word.load(Ordering::Relaxed), 3, "the file keeps it");
         assert!(mapping.zap(1, PAGE_SIZE).is_err());
         assert!(mapping.zap(0, 3 * PAGE_SIZE).is_err());
+    }
+
+    #[test]
+    fn a_sealed_mapping_stays_as_it_is() {
+        let fd = memfd::create("sealed", PAGE_SIZE).expect("memfd");
+        let mapping = Mapping::shared(&fd, PAGE_SIZE, Access::ReadWrite).expect("map");
+        if crate::sys::or_skip("mseal", mapping.seal()).is_none() {
+            return;
+        }
+        assert!(mapping.is_sealed());
+        // SAFETY: required: nothing refers to the range afterwards. It is sealed, so
+        // the call has to fail; the test ends if it does not.
+        let refused = unsafe { munmap(mapping.ptr.cast(), PAGE_SIZE as usize) };
+        assert_eq!(refused, Err(nix::errno::Errno::EPERM));
+        mapping.dont_fork().expect("advice that changes no content");
+        let at = mapping.ptr;
+        mapping.word(0).expect("a word").store(5, Ordering::Relaxed);
+        drop(mapping);
+        // SAFETY: required: four readable bytes. The seal kept them mapped.
+        assert_eq!(unsafe { at.cast::<u32>().read_volatile() }, 5);
     }
 
     #[test]

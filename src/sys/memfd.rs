@@ -199,6 +199,16 @@ pub fn write_at(fd: impl AsFd, bytes: &[u8], offset: u64) -> Result<usize, SysEr
     Ok(done)
 }
 
+/// Lets other users open the file again for reading. A memory file has no path: only
+/// who was passed a descriptor, or may inspect a process that has one, gets that far.
+///
+/// # Errors
+/// `EPERM` if it belongs to another user.
+pub fn let_others_read(fd: impl AsFd) -> Result<(), SysError> {
+    let mode = Mode::S_IRUSR | Mode::S_IWUSR | Mode::S_IRGRP | Mode::S_IROTH;
+    fchmod(fd, mode).map_err(|e| SysError::new("fchmod", e))
+}
+
 /// A descriptor of the same file that can read it but not write it.
 ///
 /// # Errors

@@ -38,6 +38,8 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(1);
 const REBIND_DEADLINE: Duration = Duration::from_secs(1);
 /// Most descriptors in one message, both ways.
 const MAX_FDS: usize = 32;
+/// Descriptors that one call waits for.
+const MAX_WAITED: usize = 16;
 /// Room for the control message that carries them.
 const CONTROL_BYTES: usize = 16 + 4 * MAX_FDS;
 
@@ -336,21 +338,23 @@ pub fn remote_addr(fd: impl AsFd) -> Result<SocketAddr, SysError> {
         .map_err(|e| SysError::new("getpeername", e))
 }
 
-/// Waits until one of `fds` is readable or at its end; false after `timeout`.
+/// Waits until one of `fds` (1 to 16) is readable or at its end; false after
+/// `timeout`, which is rounded to milliseconds, at least one. Allocates nothing.
 ///
 /// # Errors
-/// What `poll(2)` refuses.
+/// `EINVAL` for no or too many descriptors; what `poll(2)` refuses.
 pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> Result<bool, SysError> {
-    let mut polled: Vec<_> = fds
-        .iter()
-        .map(|fd| PollFd::new(*fd, PollFlags::POLLIN))
-        .collect();
+    let too_many = || SysError::os("poll", libc::EINVAL);
+    let first = fds.first().ok_or_else(too_many)?;
+    let mut polled: [PollFd<'_>; MAX_WAITED] =
+        std::array::from_fn(|at| PollFd::new(*fds.get(at).unwrap_or(first), PollFlags::POLLIN));
+    let polled = polled.get_mut(..fds.len()).ok_or_else(too_many)?;
     let timeout = match timeout {
         Some(time) => PollTimeout::try_from(time.as_millis().max(1)).unwrap_or(PollTimeout::MAX),
         None => PollTimeout::NONE,
     };
     loop {
-        match poll(&mut polled, timeout) {
+        match poll(&mut *polled, timeout) {
             Ok(ready) => return Ok(ready > 0),
             Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(SysError::new("poll", error)),

@@ -26,6 +26,7 @@ const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 const PAGE_IS_WPALLOWED: u64 = 1 << 0;
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const PAGE_IS_HUGE: u64 = 1 << 6;
 /// `f_type` of a file in `/proc`.
 const PROC_SUPER_MAGIC: u64 = 0x9FA0;
 /// Ranges taken from the kernel in one call: 12 KiB of stack.
@@ -176,10 +177,22 @@ impl Pagemap {
     /// # Errors
     /// `ENOTTY` on a kernel without the call.
     pub fn tracked_bytes(&self, start: u64, end: u64) -> Result<u64, SysError> {
+        self.bytes_of(start, end, PAGE_IS_WPALLOWED)
+    }
+
+    /// How many bytes of `start .. end` are mapped by huge pages now.
+    ///
+    /// # Errors
+    /// `ENOTTY` on a kernel without the call.
+    pub fn huge_bytes(&self, start: u64, end: u64) -> Result<u64, SysError> {
+        self.bytes_of(start, end, PAGE_IS_HUGE)
+    }
+
+    fn bytes_of(&self, start: u64, end: u64, category: u64) -> Result<u64, SysError> {
         let mut total = 0;
         let mut at = start;
         while at < end {
-            let question = scan(at, end, PAGE_IS_WPALLOWED);
+            let question = scan(at, end, category);
             at = self.ask(question, BATCH, &mut |range| {
                 total += range.end - range.start;
             })?;

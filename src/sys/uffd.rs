@@ -1,10 +1,17 @@
-//! userfaultfd in asynchronous write-protect mode.
+//! userfaultfd in write-protect mode, asynchronous or synchronous.
 //!
-//! In this mode (`UFFD_FEATURE_WP_ASYNC`, Linux 6.7) the kernel answers a store
+//! Asynchronous (`UFFD_FEATURE_WP_ASYNC`, Linux 6.7): the kernel answers a store
 //! to a protected page itself: it lifts the protection of that page and goes on.
 //! Which pages lost their protection is what `PAGEMAP_SCAN` then reports
-//! ([`super::pagemap`]). Protection belongs to one mapping of one process; what
-//! is written by other ways is not seen (the tests in `facts.rs` name the ways).
+//! ([`super::pagemap`]).
+//!
+//! Synchronous: a store to a protected page waits until whoever reads the
+//! descriptor ([`Uffd::read_faults`]) lifts the protection. A message that was read
+//! is not delivered again; closing the last duplicate of the descriptor, as the
+//! kernel does for a process that dies, lets every waiting thread go on.
+//!
+//! Protection belongs to one mapping of one process; what is written by other ways
+//! is not seen (the tests in `facts.rs` name the ways).
 //!
 //! The descriptor works from another process: its calls act on the address
 //! space of the process that opened it. After that process has exited they
@@ -20,6 +27,7 @@ use userfaultfd::RegisterMode;
 
 use super::map::Mapping;
 use super::{SysError, check, duplicate, kind_of};
+use crate::units::{PAGE_SIZE, checked_range};
 
 /// `UFFDIO_API`: `_IOWR(0xAA, 0x3F, struct uffdio_api)`, 24 bytes.
 const UFFDIO_API: u64 = 0xC018_AA3F;
@@ -43,6 +51,90 @@ bitflags::bitflags! {
         const WP_UNPOPULATED = 1 << 13;
         /// The kernel lifts protection by itself (Linux 6.7).
         const WP_ASYNC = 1 << 15;
+    }
+}
+
+/// Messages taken from the kernel by one read: 2 KiB.
+const FAULTS_AT_ONCE: usize = 64;
+/// Bytes of a `struct uffd_msg` (`include/uapi/linux/userfaultfd.h`).
+const MESSAGE: usize = 32;
+const EVENT_PAGEFAULT: u8 = 0x12;
+const EVENT_FORK: u8 = 0x13;
+/// `UFFD_PAGEFAULT_FLAG_WP`: the page is there and protected.
+const FLAG_WP: u64 = 1 << 1;
+
+/// What a descriptor in synchronous mode tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fault {
+    /// A store to the protected page at this address waits.
+    Protected {
+        /// The page's address in the registering process.
+        address: u64,
+    },
+    /// Something that the modes of this crate never ask the kernel for: whoever
+    /// opened the descriptor wants other things of it.
+    Foreign {
+        /// `uffd_msg.event`.
+        event: u8,
+    },
+}
+
+/// Messages that were read and not yet taken. Allocates nothing.
+#[derive(Debug)]
+pub struct Faults {
+    bytes: [u8; FAULTS_AT_ONCE * MESSAGE],
+    next: usize,
+    end: usize,
+}
+
+impl Faults {
+    /// None yet.
+    pub fn new() -> Faults {
+        Faults {
+            bytes: [0; FAULTS_AT_ONCE * MESSAGE],
+            next: 0,
+            end: 0,
+        }
+    }
+
+    /// Whether all were taken.
+    pub fn is_empty(&self) -> bool {
+        self.next == self.end
+    }
+}
+
+impl Default for Faults {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Iterator for Faults {
+    type Item = Fault;
+
+    fn next(&mut self) -> Option<Fault> {
+        if self.is_empty() {
+            return None;
+        }
+        let message = &self.bytes[self.next..self.next + MESSAGE];
+        self.next += MESSAGE;
+        let word = |at: usize| {
+            let mut word = [0; 8];
+            word.copy_from_slice(&message[at..at + 8]);
+            u64::from_ne_bytes(word)
+        };
+        let event = message[0];
+        let address = word(16);
+        if event == EVENT_PAGEFAULT && word(8) & FLAG_WP != 0 {
+            return Some(Fault::Protected { address });
+        }
+        if event == EVENT_FORK {
+            // SAFETY: required: an open descriptor without an owner. Reading a fork
+            // event makes one in the reading process, whose number the message
+            // carries in its second word; messages come from the kernel only.
+            drop(unsafe { OwnedFd::from_raw_fd(word(8) as u32 as i32) });
+        }
+        Some(Fault::Foreign { event })
     }
 }
 
@@ -79,6 +171,16 @@ impl Uffd {
     /// too old; each with its remedy.
     pub fn open_async() -> Result<Uffd, SysError> {
         Uffd::open(Features::all()).map(|(uffd, _)| uffd)
+    }
+
+    /// Opens one for this process in synchronous write-protect mode: stores to
+    /// protected pages wait until they are answered.
+    ///
+    /// # Errors
+    /// As for [`Uffd::open_async`].
+    pub fn open_sync() -> Result<Uffd, SysError> {
+        let features = Features::all() - Features::WP_ASYNC;
+        Uffd::open(features).map(|(uffd, _)| uffd)
     }
 
     /// Opens one with the given features, and says how it was had.
@@ -156,6 +258,26 @@ impl Uffd {
             .map_err(|e| convert("UFFDIO_UNREGISTER", e))
     }
 
+    /// Ends the registration of `len` bytes at `offset` of a mapping, whole pages.
+    ///
+    /// # Errors
+    /// `EINVAL` if the range is not whole pages of the mapping.
+    pub(super) fn unregister_part(
+        &self,
+        mapping: &Mapping,
+        offset: u64,
+        len: u64,
+    ) -> Result<(), SysError> {
+        let inside = checked_range(offset, len, mapping.len()).is_ok();
+        if !inside || !offset.is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {
+            return Err(SysError::os("UFFDIO_UNREGISTER", libc::EINVAL));
+        }
+        let at = mapping.as_ptr().wrapping_add(offset as usize);
+        self.0
+            .unregister(at.cast(), len as usize)
+            .map_err(|e| convert("UFFDIO_UNREGISTER", e))
+    }
+
     /// Protects `len` bytes at address `start` of the registering process: the
     /// next store to each page is noticed. Both are multiples of the page size.
     ///
@@ -174,6 +296,40 @@ impl Uffd {
             self.0
                 .remove_write_protection(start as *mut _, len as usize, true)
         })
+    }
+}
+
+impl Uffd {
+    /// Takes the messages that wait, up to a batch, and says how many there are; 0 if
+    /// none waits. What was left in `faults` is kept for later: nothing is read then.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn read_faults(&self, faults: &mut Faults) -> Result<usize, SysError> {
+        while faults.is_empty() {
+            match nix::unistd::read(self, &mut faults.bytes) {
+                Ok(read) => {
+                    faults.next = 0;
+                    faults.end = read / MESSAGE * MESSAGE;
+                    break;
+                }
+                Err(nix::errno::Errno::EAGAIN) => return Ok(0),
+                Err(nix::errno::Errno::EINTR) => {}
+                Err(e) => return Err(SysError::new("read of a userfaultfd", e)),
+            }
+        }
+        Ok((faults.end - faults.next) / MESSAGE)
+    }
+
+    /// Lets threads that wait for a page of the range try again, without lifting
+    /// anything.
+    ///
+    /// # Errors
+    /// As for [`Uffd::protect`].
+    pub fn wake(&self, start: u64, len: u64) -> Result<(), SysError> {
+        self.0
+            .wake(start as *mut _, len as usize)
+            .map_err(|e| convert("UFFDIO_WAKE", e))
     }
 }
 
@@ -248,3 +404,7 @@ fn device(flags: libc::c_int) -> Result<OwnedFd, SysError> {
     // SAFETY: required: an open descriptor without an owner; the kernel just made it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
+
+#[cfg(test)]
+#[path = "uffd_tests.rs"]
+mod tests;

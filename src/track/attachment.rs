@@ -7,6 +7,7 @@
 use std::os::fd::OwnedFd;
 
 use super::TrackError;
+use crate::sys::behaviour::Behaviour;
 use crate::sys::map::Mapping;
 use crate::sys::pagemap::Pagemap;
 use crate::sys::process::PidFd;
@@ -25,9 +26,9 @@ pub(super) const ESRCH: i32 = 3;
 /// What tracking needs of one writing process.
 #[derive(Debug)]
 pub struct Attachment {
-    /// Write-protects the mapping; with [`Mode::Async`] only.
+    /// Write-protects the mapping; with [`Mode::Async`] and [`Mode::Sync`] only.
     pub uffd: Option<Uffd>,
-    /// Reports the pages written; with [`Mode::Async`] only.
+    /// Reports the pages written; with [`Mode::Async`] and [`Mode::Sync`] only.
     pub pagemap: Option<Pagemap>,
     /// The process: a dead one scans as clean.
     pub pidfd: PidFd,
@@ -42,12 +43,18 @@ impl Attachment {
     /// registers it. Nothing is protected yet: the engine arms.
     ///
     /// # Errors
-    /// [`TrackError::Open`] where the kernel refuses, with its remedy.
+    /// [`TrackError::Open`] where the kernel refuses, with its remedy;
+    /// [`TrackError::Denied`] if its scans do not behave as tracking needs it.
     pub fn for_region(mapping: &Mapping, mode: Mode) -> Result<Self, TrackError> {
         let open = |source| TrackError::Open { source };
         let (mut uffd, mut pagemap) = (None, None);
-        if mode == Mode::Async {
-            let opened = Uffd::open_async().map_err(open)?;
+        if protects(mode) {
+            let opened = match mode {
+                Mode::Sync => Uffd::open_sync(),
+                _ => Uffd::open_async(),
+            };
+            let opened = opened.map_err(open)?;
+            Behaviour::of_process().allows_tracking()?;
             opened.register_wp(mapping).map_err(open)?;
             uffd = Some(opened);
             pagemap = Some(Pagemap::open_self().map_err(open)?);
@@ -83,7 +90,7 @@ impl Attachment {
             return Err(TrackError::Range { base, len });
         }
         let (mut kept_uffd, mut kept_pagemap) = (None, None);
-        if mode == Mode::Async {
+        if protects(mode) {
             let uffd = uffd.ok_or(TrackError::Incomplete)?;
             let pagemap = pagemap.ok_or(TrackError::Incomplete)?;
             kept_uffd = Some(Uffd::from_fd(uffd).map_err(open)?);
@@ -137,6 +144,11 @@ impl Attachment {
     pub fn has_exited(&self) -> bool {
         self.pidfd.has_exited().unwrap_or(true)
     }
+}
+
+/// Whether a mode write-protects, and so needs a userfaultfd and a page map.
+fn protects(mode: Mode) -> bool {
+    matches!(mode, Mode::Async | Mode::Sync)
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 //! ```text
 //! async    scan and protect a span -> copy and compare its written pages in one pass
 //!          -> diff of the blocks that differ -> twin
+//! sync     pages of a cut -> copied, or taken from where they were saved -> diff -> twin
 //! manual   drained marks -> copy exactly those bytes -> twin
 //! compare  walk the file's data, and the twin's pages outside of it, -> diff -> twin
 //! ```
@@ -23,8 +24,12 @@
 //! capture that ends next reports it: no capture that is lost, or dropped and
 //! followed by a full one, loses an extent.
 
+mod cut;
+
 use std::collections::VecDeque;
 use std::ops::Range;
+
+use cut::Cutting;
 
 use super::attachment::{ARM_SPAN, ESRCH};
 use super::diff::{changed_blocks, diff_blocks};
@@ -93,6 +98,8 @@ pub struct Capture {
     marks: VecDeque<Range<u64>>,
     work: VecDeque<Range<u64>>,
     phase: Phase,
+    /// Of what cut this is, in mode `sync`.
+    cut: Option<Cutting>,
     buffer: Box<[u8; BATCH]>,
     /// Data of the file as it was found last: to find its end costs time for each page.
     data: Range<u64>,
@@ -106,7 +113,13 @@ pub struct Capture {
 
 #[derive(Debug)]
 enum Phase {
-    Scan { at: u64 },
+    Scan {
+        at: u64,
+    },
+    /// The pages of a cut, from this one on.
+    Cut {
+        page: u64,
+    },
     Compare(Walk),
     Finished,
 }
@@ -155,7 +168,8 @@ impl Capture {
     pub fn dirty(tracker: &Tracker, mut marks: Vec<Range<u64>>) -> Self {
         let phase = match tracker {
             Tracker::Async { .. } => Phase::Scan { at: 0 },
-            Tracker::Manual { .. } => Phase::Finished,
+            // What is written is found by cuts, and marks would show what came after.
+            Tracker::Manual { .. } | Tracker::Sync { .. } => Phase::Finished,
             Tracker::Compare { .. } => Phase::Compare(Walk::new(false)),
         };
         marks.retain(|mark| !mark.is_empty());
@@ -182,6 +196,7 @@ impl Capture {
             marks,
             work: VecDeque::new(),
             phase,
+            cut: None,
             buffer: Box::new([0; BATCH]),
             data: 0..0,
             scratch: Vec::new(),
@@ -233,6 +248,9 @@ impl Capture {
     /// unless the capture is lost.
     pub fn settled(&self, size: u64) -> u64 {
         let next = match &self.phase {
+            // Pages that were saved are taken before those that come first.
+            _ if self.cut.is_some() => 0,
+            Phase::Cut { page } => page * PAGE_SIZE,
             Phase::Scan { at } => *at,
             Phase::Compare(walk) => walk.at,
             Phase::Finished => size,
@@ -248,7 +266,11 @@ impl Capture {
     }
 
     fn advance(&mut self, turn: &mut Turn<'_>) -> Result<bool, Stop> {
+        self.check_cut()?;
         while turn.left > 0 {
+            if self.take_saved(turn)? {
+                continue;
+            }
             if let Some(mark) = self.marks.pop_front() {
                 self.take_mark(turn, mark)?;
             } else if let Some(range) = self.work.pop_front() {
@@ -256,8 +278,15 @@ impl Capture {
             } else {
                 match self.phase {
                     Phase::Scan { at } => self.scan(turn, at)?,
-                    Phase::Compare(_) => self.compare(turn)?,
-                    Phase::Finished => return Ok(true),
+                    Phase::Cut { page } => self.take_cut_pages(turn, page)?,
+                    Phase::Compare(_) => {
+                        self.compare(turn)?;
+                        self.note_walked();
+                    }
+                    Phase::Finished => {
+                        self.end_cut()?;
+                        return Ok(true);
+                    }
                 }
             }
         }
@@ -506,6 +535,7 @@ impl Capture {
         let data_end = (pages_for(walk.data.end) * PAGE_SIZE).min(limit);
         let end = data_end.min(at + batch);
         turn.source.read(at, self.slot(at..end))?;
+        self.patch(turn.twin, at..end);
         self.compare_with(turn, at..end)
     }
 
@@ -537,6 +567,7 @@ impl Capture {
         let (done, result) = self.absorb(turn, bytes.clone());
         self.dirty_pages += done.changed;
         self.scanned_pages += pages_for(done.stop - bytes.start);
+        self.settle(bytes.start..done.stop);
         if let Phase::Compare(walk) = &mut self.phase {
             walk.at = done.stop;
         }

@@ -13,14 +13,18 @@
 //! | mode | found by | promise |
 //! |---|---|---|
 //! | `async` | write-protection and scans of the page map | convergent; a cut at `commit()` |
+//! | `sync` | faults that a thread answers, and passes in which it does not | every epoch is a cut |
 //! | `manual` | the writer's marks | convergent within the configured delay; a cut at `commit()` |
 //! | `compare` | comparing everything with the twin | convergent |
 
 mod attachment;
+mod audit;
 mod capture;
 #[cfg(test)]
 mod capture_tests;
+mod choice;
 mod diff;
+pub mod exact;
 mod extents;
 mod interval;
 mod preimage;
@@ -28,7 +32,9 @@ mod source;
 mod twin;
 
 pub use attachment::Attachment;
+pub use audit::{Audit, Looked};
 pub use capture::{Capture, Captured, Step};
+pub use choice::{Asked, Choice, Unmet, choose};
 pub use diff::{DIFF_GAP, diff};
 pub use extents::{Extent, ExtentSet};
 pub use interval::Interval;
@@ -36,7 +42,10 @@ pub use preimage::{Full, NoRoom, PreImages, WhenFull};
 pub use source::Source;
 pub use twin::Twin;
 
+use std::sync::Arc;
+
 use crate::sys::SysError;
+use crate::sys::behaviour::Denied;
 use crate::units::{OutOfRange, PAGE_SIZE};
 use crate::words::Mode;
 
@@ -104,6 +113,18 @@ pub enum TrackError {
     /// The mapping here is shorter than the region.
     #[error(transparent)]
     OutOfRange(#[from] OutOfRange),
+    /// The kernel's scans do not behave as write-protection needs it.
+    #[error("tracking by write-protection is refused")]
+    Denied(#[from] Denied),
+    /// No memory for the tables of exact tracking.
+    #[error("no memory for the tables of exact tracking")]
+    Memory,
+    /// Stores waited too long for room to copy their pages, and were let go.
+    #[error("a cut was given up: stores waited too long for room to copy their pages")]
+    Void,
+    /// Faults are not answered any more.
+    #[error(transparent)]
+    Exact(#[from] exact::Lost),
     /// The writing process has exited: what it stored last is found by comparing.
     #[error("the writing process has exited")]
     WriterExited,
@@ -116,6 +137,13 @@ pub enum Tracker {
     Async {
         /// The writer's mapping.
         attachment: Attachment,
+    },
+    /// Synchronous write-protection and cuts.
+    Sync {
+        /// The writer's mapping. Its userfaultfd is taken by who answers its faults.
+        attachment: Attachment,
+        /// What the fault thread and the captures share.
+        board: Arc<exact::Board>,
     },
     /// Marks only.
     Manual {
@@ -143,8 +171,17 @@ impl Tracker {
                     .ok_or(TrackError::Incomplete)?;
                 Self::Async { attachment }
             }
+            Mode::Sync => {
+                let attachment = attachment
+                    .filter(|it| it.uffd.is_some())
+                    .ok_or(TrackError::Incomplete)?;
+                let board = Arc::new(exact::Board::new(attachment.len)?);
+                Self::Sync { attachment, board }
+            }
             Mode::Manual => Self::Manual { attachment },
             Mode::Compare => Self::Compare { attachment },
+            // A choice that was not made is no way of tracking.
+            Mode::Auto => return Err(TrackError::Incomplete),
         })
     }
 
@@ -152,6 +189,7 @@ impl Tracker {
     pub fn mode(&self) -> Mode {
         match self {
             Self::Async { .. } => Mode::Async,
+            Self::Sync { .. } => Mode::Sync,
             Self::Manual { .. } => Mode::Manual,
             Self::Compare { .. } => Mode::Compare,
         }
@@ -160,7 +198,7 @@ impl Tracker {
     /// The writer's mapping, if there is a writing process.
     pub fn attachment(&self) -> Option<&Attachment> {
         match self {
-            Self::Async { attachment } => Some(attachment),
+            Self::Async { attachment } | Self::Sync { attachment, .. } => Some(attachment),
             Self::Manual { attachment } | Self::Compare { attachment } => attachment.as_ref(),
         }
     }
@@ -168,7 +206,7 @@ impl Tracker {
     /// Gives the attachment up; what is left compares.
     pub fn take_attachment(&mut self) -> Option<Attachment> {
         match std::mem::replace(self, Self::Compare { attachment: None }) {
-            Self::Async { attachment } => Some(attachment),
+            Self::Async { attachment } | Self::Sync { attachment, .. } => Some(attachment),
             Self::Manual { attachment } | Self::Compare { attachment } => attachment,
         }
     }

@@ -17,7 +17,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::limits;
-use crate::words::{Mode, Publish};
+use crate::words::{LossKind, Mode, Publish};
 
 /// First four bytes of every message.
 pub const MAGIC: [u8; 4] = *b"UFC1";
@@ -83,6 +83,12 @@ pub enum Request {
         /// Whether other nodes may follow it.
         shared: bool,
     },
+    /// Makes an epoch of a region that is an exact instant after this request:
+    /// [`Response::Cut`], once it is captured.
+    Cut {
+        /// Name of the region.
+        name: String,
+    },
     /// Follows a region of another node from now on: [`Response::Done`].
     Follow {
         /// `tcp://HOST:PORT/REGION[=LOCAL]`.
@@ -115,6 +121,9 @@ pub struct HandOver {
     pub interval_min_us: Option<u64>,
     /// Longest pause between timer captures, if not the node's own, in microseconds.
     pub interval_max_us: Option<u64>,
+    /// Why it is this mode, if the writer left the choice to `auto`.
+    #[serde(default)]
+    pub chosen: Option<String>,
 }
 
 /// What the node answers.
@@ -146,6 +155,11 @@ pub enum Response {
     HandedOver {
         /// Generation of this life, 32 hexadecimal digits.
         generation: String,
+    },
+    /// Answer to [`Request::Cut`].
+    Cut {
+        /// The epoch that is the cut; an earlier one if nothing was stored since.
+        epoch: u64,
     },
     /// The request was refused; nothing changed.
     Refused {
@@ -208,8 +222,12 @@ pub struct RegionStatus {
     /// `live`, `orphaned` (its writer is gone), or of replicas `connecting`,
     /// `syncing`, `following`, `resyncing`.
     pub state: String,
-    /// How changes are found; none for replicas.
+    /// How changes are found, as its writer asked; none for replicas.
     pub mode: Option<Mode>,
+    /// How changes are found now: `compare` where tracking was lost for good.
+    pub tracking: Option<Mode>,
+    /// Why changes are found this way, where it was not the writer who said how.
+    pub chosen: Option<String>,
     /// When epochs are published; none for replicas.
     pub publish: Option<Publish>,
     /// Whether other nodes may follow it.
@@ -238,6 +256,13 @@ pub struct RegionStatus {
     pub full_compares: u64,
     /// Why tracking was last lost.
     pub last_loss: Option<String>,
+    /// What happened to its tracking, by kind; kinds that never happened are left out.
+    pub losses: Vec<LossStatus>,
+    /// How the audit gets on; none where everything is compared anyway, where only
+    /// marks count, and for regions that nobody tracks.
+    pub audit: Option<AuditStatus>,
+    /// What exact tracking costs; of regions in mode `sync`.
+    pub exact: Option<ExactStatus>,
     /// Readers attached.
     pub readers: u64,
     /// Where a replica comes from.
@@ -246,6 +271,61 @@ pub struct RegionStatus {
     pub replicas: Vec<ReplicaStatus>,
     /// Of a replica: updates applied, ignored, dropped, and resyncs asked for.
     pub applied: Option<AppliedStatus>,
+}
+
+/// Losses of tracking of one kind.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LossStatus {
+    /// What happened.
+    pub kind: LossKind,
+    /// How often, over all lives of the region on this node.
+    pub count: u64,
+    /// The last one, in words.
+    pub reason: String,
+    /// When that was, in milliseconds since 1970.
+    pub at_ms: u64,
+}
+
+/// The audit of one region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AuditStatus {
+    /// Time in which it is to get round, in milliseconds.
+    pub period_ms: u64,
+    /// Times that it compared everything.
+    pub rounds: u64,
+    /// How long the last round took, in milliseconds; none before its end.
+    pub last_round_ms: Option<u64>,
+    /// Bytes of the present round that are behind it.
+    pub position: u64,
+    /// Times that the registration of the whole mapping was confirmed.
+    pub mapping_rounds: u64,
+}
+
+/// What exact tracking of a region has done so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExactStatus {
+    /// Cuts made.
+    pub cuts: u64,
+    /// The last pass in which stores waited, in microseconds.
+    pub withheld_us: u64,
+    /// The longest such pass, in microseconds.
+    pub longest_withheld_us: u64,
+    /// Faults answered.
+    pub faults: u64,
+    /// Pages copied before they were written.
+    pub saved_pages: u64,
+    /// Room for such copies, in bytes.
+    pub pool_bytes: u64,
+    /// How much of it is used now, in bytes.
+    pub pool_used_bytes: u64,
+    /// Cuts given up because stores waited too long for room.
+    pub voided: u64,
+    /// Pages that were dirty in `hot_after` successive cuts, at the last one.
+    pub hot_pages: u64,
+    /// Successive cuts after which a page counts as hot.
+    pub hot_after: u64,
+    /// Pages written since the last cut.
+    pub dirty_pages: u64,
 }
 
 /// What a replica has done with the updates it received.

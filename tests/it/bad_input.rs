@@ -104,6 +104,8 @@ fn the_command_line_refuses_wrong_names_sizes_and_ranges() {
         ),
         ("region create a --size 5000TiB", ""),
         ("region create a --size=-1", "-1"),
+        ("region create a --size 4KiB --mode async", "--mode async"),
+        ("region create a --size 4KiB --mode fast", "fast"),
         ("region create a", "--size"),
         ("region write kept --offset 64KiB", "65536"),
         ("region write kept --offset 65532", "65532"),
@@ -337,7 +339,11 @@ fn garbage_on_the_control_socket_closes_that_connection_only() {
 }
 
 /// One request with descriptors over a connection of its own.
-fn ask(node: &NodeProcess, request: &Request, fds: &[BorrowedFd<'_>]) -> Option<Response> {
+pub(crate) fn ask(
+    node: &NodeProcess,
+    request: &Request,
+    fds: &[BorrowedFd<'_>],
+) -> Option<Response> {
     let socket = net::unix_connect(node.socket()).expect("the node listens");
     net::set_timeouts(&socket, Some(PATIENCE), Some(PATIENCE)).expect("a socket");
     let bytes = control::encode(request, b"").expect("short");
@@ -357,7 +363,7 @@ fn ask(node: &NodeProcess, request: &Request, fds: &[BorrowedFd<'_>]) -> Option<
 }
 
 #[track_caller]
-fn invalid(response: Option<Response>) -> String {
+pub(crate) fn invalid(response: Option<Response>) -> String {
     match response {
         Some(Response::Refused {
             code: RefusalCode::Invalid | RefusalCode::Failed,
@@ -392,17 +398,17 @@ fn another_version_of_the_control_socket_is_refused_by_name() {
 }
 
 /// The descriptors of a right hand-over, to be made wrong one at a time.
-struct Offer {
-    region: Region,
+pub(crate) struct Offer {
+    pub(crate) region: Region,
     pidfd: PidFd,
     uffd: Uffd,
-    pagemap: Pagemap,
+    pub(crate) pagemap: Pagemap,
 }
 
-const OFFERED: u64 = 64 * 1024;
+pub(crate) const OFFERED: u64 = 64 * 1024;
 
 impl Offer {
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let name = "offered".parse().expect("a name");
         let region = Region::create(&name, OFFERED, &RegionOptions::default()).expect("a region");
         let uffd = Uffd::open_async().expect("userfaultfd");
@@ -416,7 +422,7 @@ impl Offer {
         }
     }
 
-    fn request(&self) -> HandOver {
+    pub(crate) fn request(&self) -> HandOver {
         HandOver {
             name: "offered".into(),
             size: OFFERED,
@@ -426,10 +432,11 @@ impl Offer {
             base: self.region.mapping().address(),
             interval_min_us: None,
             interval_max_us: None,
+            chosen: None,
         }
     }
 
-    fn fds(&self) -> [BorrowedFd<'_>; 5] {
+    pub(crate) fn fds(&self) -> [BorrowedFd<'_>; 5] {
         [
             self.region.data_fd(),
             self.region.control_fd(),
@@ -528,7 +535,7 @@ fn too_many_descriptors_close_the_connection() {
     assert!(open_fds(&node.node) <= before + 4, "descriptors leak");
 }
 
-fn open_fds(node: &NodeProcess) -> usize {
+pub(crate) fn open_fds(node: &NodeProcess) -> usize {
     let folder = format!("/proc/{}/fd", node.pid());
     std::fs::read_dir(folder).expect("a living process").count()
 }
@@ -566,6 +573,7 @@ fn a_taken_name_and_a_second_writer_are_refused() {
         size: 8192,
         mode: "async".into(),
         publish: "timer".into(),
+        more: super::writer::More::default(),
     });
     match report {
         super::writer::Report::Failed { error } => assert!(error.contains("Exists"), "{error}"),

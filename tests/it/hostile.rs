@@ -549,6 +549,7 @@ fn a_mapping_that_is_gone_is_noticed_although_it_scans_as_clean() {
         base: region.mapping().address(),
         interval_min_us: half_a_minute,
         interval_max_us: half_a_minute,
+        chosen: None,
     });
     let fds = [
         region.data_fd(),

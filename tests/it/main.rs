@@ -11,17 +11,34 @@ mod bad_peers;
 mod chaos;
 mod cli;
 mod command;
+mod deeds;
+mod exact;
 mod faults;
+mod hand_over;
 mod hostile;
+mod kernel_writers;
 mod library;
+mod loss;
 mod nodes;
 mod pattern;
 mod privileges;
 mod proxy;
 mod real_file;
+mod refused_calls;
+mod scan_edges;
 mod scenarios;
 mod transactions;
+mod watched;
 mod writer;
+
+/// Not a test of its own: with the variable set this process runs the command without
+/// some system calls.
+#[test]
+fn forbidden_process() {
+    if let Some(order) = std::env::var_os(refused_calls::ROLE) {
+        refused_calls::become_command(&order);
+    }
+}
 
 /// Not a test of its own: with the variable set this process is a writer.
 #[test]

@@ -58,6 +58,14 @@ pub(crate) fn folder() -> tempfile::TempDir {
         .expect("a temporary folder")
 }
 
+/// Copies a program by another process: while this one had the copy open for writing, a
+/// child of another test would inherit that and keep the copy from starting.
+#[track_caller]
+pub(crate) fn copy_program(program: &Path, copy: &Path) {
+    let status = Command::new("cp").arg(program).arg(copy).status();
+    assert!(status.is_ok_and(|status| status.success()), "no copy");
+}
+
 /// Lines that a process wrote to its standard error.
 #[derive(Default)]
 struct Log {
@@ -80,12 +88,20 @@ impl NodeProcess {
     #[track_caller]
     pub(crate) fn start<S: AsRef<OsStr>>(folder: &Path, name: &str, arguments: &[S]) -> Self {
         let socket = folder.join(format!("{name}.sock"));
-        let mut child = Command::new(BINARY)
+        let mut command = Command::new(BINARY);
+        command
             .arg("serve")
             .arg("--socket")
             .arg(&socket)
             .args(["--name", name])
-            .args(arguments)
+            .args(arguments);
+        Self::start_by(command, name, socket)
+    }
+
+    /// The same by a command that serves at `socket`, as another user for example.
+    #[track_caller]
+    pub(crate) fn start_by(mut command: Command, name: &str, socket: PathBuf) -> Self {
+        let mut child = command
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())

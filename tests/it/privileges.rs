@@ -20,7 +20,7 @@ fn run_as_nobody(arguments: &[&str]) -> (Option<i32>, String, String) {
     let folder = folder();
     let copy = folder.path().join("uffd-sync");
     let everybody = std::fs::Permissions::from_mode(0o755);
-    std::fs::copy(BINARY, &copy).expect("a copy of the command");
+    super::nodes::copy_program(std::path::Path::new(BINARY), &copy);
     std::fs::set_permissions(folder.path(), everybody.clone()).expect("our folder");
     std::fs::set_permissions(&copy, everybody).expect("our copy");
     let mut command = Command::new(&copy);

@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 use uffd_sync::client::{Writer, WriterOptions};
 use uffd_sync::words::{EpochKind, Mode, Publish};
 
+use super::deeds::{Deed, Doer};
 use super::nodes::PATIENCE;
 use super::pattern::{self, Numbers, PAGE};
 
@@ -34,7 +35,10 @@ pub(crate) enum Order {
         size: u64,
         mode: String,
         publish: String,
+        more: More,
     },
+    /// Does something unruly.
+    Do(Deed),
     /// Stores a file at the region's beginning.
     Load { path: PathBuf },
     /// Stores bytes.
@@ -65,6 +69,17 @@ pub(crate) enum Order {
     Bank { threads: u64, guarded: bool },
 }
 
+/// Options of a region that most tests leave alone.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub(crate) struct More {
+    pub(crate) may_fork: bool,
+    pub(crate) mseal: bool,
+    pub(crate) exact: bool,
+    pub(crate) marks: bool,
+    /// Pause between captures, so long that no timer finds anything.
+    pub(crate) rare: bool,
+}
+
 /// What a writer answers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub(crate) enum Report {
@@ -92,6 +107,10 @@ pub(crate) enum Report {
         transactions: u64,
         commits: u64,
     },
+    /// A deed was done, with what there is to say about it.
+    Did {
+        text: String,
+    },
     Failed {
         error: String,
     },
@@ -109,7 +128,13 @@ impl WriterProcess {
     #[track_caller]
     pub(crate) fn start() -> Self {
         let own = std::env::current_exe().expect("the path of this program");
-        let mut child = Command::new(own)
+        Self::start_by(Command::new(own))
+    }
+
+    /// The same by a command that runs this program, as another user for example.
+    #[track_caller]
+    pub(crate) fn start_by(mut command: Command) -> Self {
+        let mut child = command
             .args([
                 "--exact",
                 "writer_process",
@@ -169,16 +194,40 @@ impl WriterProcess {
         mode: Mode,
         publish: Publish,
     ) -> bool {
-        let order = Order::Create {
+        match self.try_create(socket, name, size, mode, publish, More::default()) {
+            Report::Created { resumed } => resumed,
+            other => panic!("no region: {other:?}"),
+        }
+    }
+
+    /// Tries to make its region.
+    #[track_caller]
+    pub(crate) fn try_create(
+        &mut self,
+        socket: &Path,
+        name: &str,
+        size: u64,
+        mode: Mode,
+        publish: Publish,
+        more: More,
+    ) -> Report {
+        self.order(&Order::Create {
             socket: socket.to_owned(),
             name: name.to_owned(),
             size,
             mode: mode.to_string(),
             publish: publish.to_string(),
-        };
-        match self.order(&order) {
-            Report::Created { resumed } => resumed,
-            other => panic!("no region: {other:?}"),
+            more,
+        })
+    }
+
+    /// Has it do something; what it says about it, or how it failed.
+    #[track_caller]
+    pub(crate) fn deed(&mut self, deed: Deed) -> Result<String, String> {
+        match self.order(&Order::Do(deed)) {
+            Report::Did { text } => Ok(text),
+            Report::Failed { error } => Err(error),
+            other => panic!("unexpected report {other:?}"),
         }
     }
 
@@ -312,6 +361,7 @@ pub(crate) fn serve_orders() {
     let mut program = Program {
         orders,
         region: None,
+        doer: Doer::default(),
     };
     while let Ok(order) = program.orders.recv() {
         let report = program
@@ -340,31 +390,51 @@ type Outcome = Result<Report, Box<dyn std::error::Error>>;
 struct Program {
     orders: Receiver<Order>,
     region: Option<Writer>,
+    doer: Doer,
 }
 
 impl Program {
-    fn carry_out(&mut self, order: Order) -> Outcome {
-        if let Order::Create {
+    fn create(&mut self, order: &Order) -> Outcome {
+        let Order::Create {
             socket,
             name,
             size,
             mode,
             publish,
-        } = &order
-        {
-            let options = WriterOptions {
-                mode: mode.parse()?,
-                publish: publish.parse()?,
-                ..WriterOptions::default()
-            };
-            let region = Writer::create(socket, name, *size, &options)?;
-            let resumed = region.is_resumed();
-            self.region = Some(region);
-            return Ok(Report::Created { resumed });
+            more,
+        } = order
+        else {
+            return Err("no order to make a region".into());
+        };
+        let pause = more.rare.then_some(Duration::from_secs(60));
+        let options = WriterOptions {
+            mode: mode.parse()?,
+            publish: publish.parse()?,
+            dont_fork: !more.may_fork,
+            mseal: more.mseal,
+            exact: more.exact,
+            marks: more.marks,
+            interval_min: pause,
+            interval_max: pause,
+            ..WriterOptions::default()
+        };
+        let region = Writer::create(socket, name, *size, &options)?;
+        let resumed = region.is_resumed();
+        self.region = Some(region);
+        Ok(Report::Created { resumed })
+    }
+
+    fn carry_out(&mut self, order: Order) -> Outcome {
+        if let Order::Create { .. } = &order {
+            return self.create(&order);
+        }
+        if let Order::Do(deed) = &order {
+            let text = self.doer.carry_out(self.region.as_ref(), deed)?;
+            return Ok(Report::Did { text });
         }
         let region = self.region.as_ref().ok_or("no region yet")?;
         match order {
-            Order::Create { .. } | Order::Stop => Ok(Report::Done),
+            Order::Create { .. } | Order::Do(_) | Order::Stop => Ok(Report::Done),
             Order::Load { path } => {
                 region.write(0, &std::fs::read(path)?)?;
                 Ok(Report::Done)

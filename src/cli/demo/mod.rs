@@ -10,6 +10,7 @@
 //! Every step has a deadline. However this process ends, its children end: by kill
 //! and wait on each path of its own, by the end of their input otherwise.
 
+mod chain;
 pub(super) mod children;
 mod latency;
 pub(super) mod reader;
@@ -40,6 +41,7 @@ use crate::limits;
 use crate::sys::process::{SignalFd, monotonic_ns};
 use crate::units::{ByteSize, MIB};
 use crate::wire::control::NodeStatus;
+use crate::words::Mode;
 
 /// Name of the region that is mirrored.
 const REGION: &str = "demo";
@@ -50,6 +52,8 @@ const END_DEADLINE: Duration = Duration::from_secs(90);
 /// Pause between two looks at something that has no event: a socket that is not
 /// there yet, a status.
 const LOOK: Duration = Duration::from_millis(20);
+/// How long what a child said before it ended may be on its way.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Lines of children that wait to be read.
 const EARS: usize = 64;
 const SIGNALS: [i32; 3] = [nix::libc::SIGINT, nix::libc::SIGTERM, nix::libc::SIGHUP];
@@ -155,7 +159,7 @@ impl Stage<'_> {
         let follow = format!("tcp://{address}/{REGION}");
         let mut replica = self.start_node("demo-replica", &["--follow", &follow], deadline)?;
         self.await_following(&mut replica, deadline)?;
-        let reader = self.start_reader(deadline)?;
+        let reader = self.start_reader(args.mode, deadline)?;
         let before = Cost::of(&source.status()?, REGION)?;
         self.children[writer].tell("go")?;
         let (stores, commits) = self.await_writer(Duration::from_secs(args.seconds))?;
@@ -164,8 +168,10 @@ impl Stage<'_> {
         let measured = self.await_reader()?;
         self.bar.set_message("comparing source and replica");
         let verified = self.compare()?;
+        let torn = measured.torn().1;
         Ok(Outcome {
-            verified,
+            verified: verified && torn.unwrap_or(0) == 0,
+            mode: args.mode,
             seconds: args.seconds,
             region_size: args.region_size.0,
             stores,
@@ -216,7 +222,10 @@ impl Stage<'_> {
             "--size",
             &size,
         ];
-        let words = words.into_iter().chain(["--seconds", &seconds]);
+        let mode = args.mode.as_str();
+        let words = words
+            .into_iter()
+            .chain(["--seconds", &seconds, "--mode", mode]);
         let child = Child::start("writer", words, Some(&self.mouth))?;
         self.children.push(child);
         match self.hear::<FromWriter>("writer", deadline)? {
@@ -225,7 +234,7 @@ impl Stage<'_> {
         }
     }
 
-    fn start_reader(&mut self, deadline: Instant) -> anyhow::Result<usize> {
+    fn start_reader(&mut self, mode: Mode, deadline: Instant) -> anyhow::Result<usize> {
         let socket = self.scratch.socket("demo-replica");
         let words = [
             "demo-reader",
@@ -233,6 +242,8 @@ impl Stage<'_> {
             path_text(&socket)?,
             "--region",
             REGION,
+            "--mode",
+            mode.as_str(),
         ];
         let child = Child::start("reader", words, Some(&self.mouth))?;
         self.children.push(child);
@@ -289,6 +300,7 @@ impl Stage<'_> {
         who: &str,
         deadline: Instant,
     ) -> anyhow::Result<T> {
+        let mut ended: Option<(Instant, anyhow::Error)> = None;
         loop {
             match self.ears.recv_timeout(LOOK) {
                 Ok(said) if said.who == who => {
@@ -307,8 +319,13 @@ impl Stage<'_> {
                 bail!("the {who} process did not answer in time");
             }
             self.look_for_signals()?;
+            if let Some((_, error)) = ended.take_if(|(since, _)| since.elapsed() > LAST_WORDS) {
+                return Err(error);
+            }
             for child in &mut self.children {
-                child.expect_alive()?;
+                if let Err(error) = child.expect_alive() {
+                    ended.get_or_insert((Instant::now(), error));
+                }
             }
         }
     }

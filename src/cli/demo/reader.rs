@@ -16,12 +16,14 @@ use serde::{Deserialize, Serialize};
 use super::super::NodeAt;
 use super::super::args::DemoReaderArgs;
 use super::super::output::Output;
+use super::chain::{CHAINS, LINKS, is_whole};
 use super::children::on_end_of_input;
 use super::latency::{Latencies, Recorder};
-use super::workload::{CELL_BYTES, CELLS, TIMER_CELLS, cell_offset, parse_cell};
+use super::workload::{CELL_BYTES, CELLS, TIMER_CELLS, cell_offset, chain_offset, parse_cell};
 use crate::client::Reader;
 use crate::region::ReadError;
 use crate::sys::process::monotonic_ns;
+use crate::words::Mode;
 
 /// Longest wait for an epoch before the reader looks whether it is to end.
 const LOOK: Duration = Duration::from_millis(50);
@@ -36,11 +38,25 @@ pub(super) enum FromReader {
     Measured {
         /// Epochs it woke for.
         epochs: u64,
+        /// Epochs whose chains it checked; none where there are no chains.
+        checked: Option<u64>,
+        /// Those among them that were no instant of the source.
+        torn: Option<u64>,
         /// Store to reader awake, found by timer.
         latency_us: Latencies,
         /// Entry of `commit()` to reader awake.
         commit_latency_us: Latencies,
     },
+}
+
+impl FromReader {
+    /// Epochs whose chains were checked, and those that were torn.
+    pub(super) fn torn(&self) -> (Option<u64>, Option<u64>) {
+        match self {
+            Self::Ready => (None, None),
+            Self::Measured { checked, torn, .. } => (*checked, *torn),
+        }
+    }
 }
 
 /// Measures until standard input ends.
@@ -56,6 +72,8 @@ pub(in super::super) fn run(args: &DemoReaderArgs, node: &NodeAt) -> anyhow::Res
     let mut seen = Seen::new(reader.size());
     let mut after = reader.control().epoch();
     let mut epochs = 0;
+    let has_chains = args.mode == Mode::Sync;
+    let (mut checked, mut torn) = (0, 0);
     while !ended.load(Ordering::Relaxed) {
         match reader.wait_epoch(after, LOOK) {
             Ok(epoch) => after = epoch,
@@ -65,13 +83,42 @@ pub(in super::super) fn run(args: &DemoReaderArgs, node: &NodeAt) -> anyhow::Res
         let now = monotonic_ns();
         epochs += 1;
         seen.look(&reader, now)?;
+        if has_chains {
+            check_chains(&reader, &mut checked, &mut torn)?;
+        }
     }
     out.json_line(&FromReader::Measured {
         epochs,
+        checked: has_chains.then_some(checked),
+        torn: has_chains.then_some(torn),
         latency_us: seen.timer.summary(),
         commit_latency_us: seen.commit.summary(),
     })?;
     Ok(out.done()?)
+}
+
+/// Counts an epoch at which the chains are not of one instant.
+fn check_chains(reader: &Reader, checked: &mut u64, torn: &mut u64) -> anyhow::Result<()> {
+    let size = reader.size();
+    let read = reader.read_at_epoch(|view| {
+        let mut chains = [[(0, 0); LINKS as usize]; CHAINS as usize];
+        for (chain, links) in chains.iter_mut().enumerate() {
+            for (link, numbers) in links.iter_mut().enumerate() {
+                let at = chain_offset(chain as u64, link as u64, size);
+                *numbers = (view.load(at)?, view.load(at + 8)?);
+            }
+        }
+        Ok::<_, crate::units::OutOfRange>(chains)
+    });
+    match read {
+        Ok((chains, _)) => {
+            *checked += 1;
+            *torn += u64::from(!chains?.iter().all(is_whole));
+            Ok(())
+        }
+        Err(ReadError::Overrun | ReadError::Syncing) => Ok(()),
+        Err(error) => Err(error).context("reading the chains at the replica"),
+    }
 }
 
 /// The counts of all cells as last seen, and what was measured.

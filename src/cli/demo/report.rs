@@ -8,6 +8,7 @@ use super::latency::Latencies;
 use super::reader::FromReader;
 use crate::units::ByteSize;
 use crate::wire::control::NodeStatus;
+use crate::words::Mode;
 
 /// What mirroring the region cost so far, as the source node counts it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -56,6 +57,7 @@ impl Cost {
 pub(super) struct Outcome {
     /// Whether source and replica are equal, byte for byte.
     pub(super) verified: bool,
+    pub(super) mode: Mode,
     pub(super) seconds: u64,
     pub(super) region_size: u64,
     pub(super) stores: u64,
@@ -77,6 +79,7 @@ impl Outcome {
                 epochs,
                 latency_us,
                 commit_latency_us,
+                ..
             } => (epochs, latency_us, commit_latency_us),
         }
     }
@@ -85,6 +88,9 @@ impl Outcome {
         let (epochs, latency_us, commit_latency_us) = self.measured();
         json!({
             "verified": self.verified,
+            "mode": self.mode,
+            "epochs_checked": self.measured.torn().0,
+            "torn": self.measured.torn().1,
             "seconds": self.seconds,
             "region_size": self.region_size,
             "stores": self.stores,
@@ -153,6 +159,13 @@ pub(super) fn print(outcome: &Outcome, as_json: bool) -> anyhow::Result<()> {
     out.table(&rows)?;
     out.line("")?;
     print_latencies(&mut out, outcome)?;
+    if let (Some(checked), Some(torn)) = outcome.measured.torn() {
+        out.line(format_args!(
+            "\nEpochs checked at the replica to be one instant of the source: {}, torn: {}.",
+            grouped(checked),
+            grouped(torn)
+        ))?;
+    }
     let verdict = if outcome.verified {
         format!(
             "Source and replica are equal: {} bytes compared.",
@@ -212,6 +225,7 @@ mod tests {
     fn outcome(verified: bool) -> Outcome {
         Outcome {
             verified,
+            mode: Mode::Sync,
             seconds: 5,
             region_size: 1 << 20,
             stores: 7,
@@ -224,6 +238,8 @@ mod tests {
             },
             measured: FromReader::Measured {
                 epochs: 3,
+                checked: Some(3),
+                torn: Some(0),
                 latency_us: Latencies::default(),
                 commit_latency_us: Latencies::default(),
             },
@@ -234,6 +250,7 @@ mod tests {
     fn the_object_has_what_programs_read() {
         let object = outcome(true).json();
         assert_eq!(object["verified"], true);
+        assert_eq!(object["torn"], 0);
         assert_eq!(object["bytes_changed"], 40);
         assert_eq!(object["bytes_on_wire"], 120);
         assert_eq!(object["full_copy_bytes"], 3 << 20);

@@ -2,12 +2,14 @@
 //!
 //! ```text
 //! page:  | 64 bytes for a cell | counters, and what the bulk rewrite fills      |
-//! cell:  | count u64 | stamp u64 (monotonic ns) |      every stride-th page
+//! cell:  | count u64 | stamp u64 (monotonic ns) | link of chain 0 | link of chain 1 |
+//!        cells on every stride-th page, links (16 bytes each) on every fourth of them
 //! ```
 //!
 //! I1. Counters and the bulk rewrite never touch the first 64 bytes of a page, so
 //!     a cell changes only by its own stores and its stamp is always a time.
 
+use super::chain::{CHAINS, LINKS};
 use crate::units::{MIB, PAGE_SIZE};
 
 /// Smallest region of a demonstration: a page for each cell.
@@ -21,6 +23,14 @@ pub(super) const CELLS: u64 = TIMER_CELLS + COMMIT_CELLS;
 /// Bytes of a cell: a counter and the time of its last store.
 pub(super) const CELL_BYTES: usize = 16;
 const RESERVED: u64 = 64;
+
+const _: () = {
+    assert!(CELLS.is_multiple_of(LINKS), "links lie on pages of cells");
+    assert!(
+        (1 + CHAINS) * CELL_BYTES as u64 <= RESERVED,
+        "nothing else is there"
+    );
+};
 
 /// The parts of the workload, in their order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -61,6 +71,11 @@ impl Phase {
 pub(super) fn cell_offset(index: u64, size: u64) -> u64 {
     let stride = (size / PAGE_SIZE / CELLS).max(1) * PAGE_SIZE;
     index % CELLS * stride
+}
+
+/// Offset of link `link` (below [`LINKS`]) of chain `chain` (below [`CHAINS`]).
+pub(super) fn chain_offset(chain: u64, link: u64, size: u64) -> u64 {
+    cell_offset(link * (CELLS / LINKS), size) + (1 + chain % CHAINS) * CELL_BYTES as u64
 }
 
 /// A cell's bytes.

@@ -6,6 +6,8 @@
 //! input ends.
 
 use std::io::{self, BufRead};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -15,11 +17,13 @@ use serde::{Deserialize, Serialize};
 use super::super::NodeAt;
 use super::super::args::DemoWriterArgs;
 use super::super::output::Output;
+use super::chain::{self, CHAINS};
 use super::workload::{
     BULK_PIECE, COMMIT_CELLS, Phase, Places, TIMER_CELLS, bulk_offsets, cell, cell_offset,
 };
 use crate::client::{Writer, WriterOptions};
 use crate::sys::process::monotonic_ns;
+use crate::words::Mode;
 
 /// Pause between two groups of scattered counters.
 const COUNTER_PAUSE: Duration = Duration::from_micros(500);
@@ -59,6 +63,7 @@ pub(super) enum FromWriter {
 pub(in super::super) fn run(args: &DemoWriterArgs, node: &NodeAt) -> anyhow::Result<()> {
     let options = WriterOptions {
         shared: true,
+        mode: args.mode,
         ..WriterOptions::default()
     };
     let region = Writer::create(node.path(), args.region.as_str(), args.size.0, &options)
@@ -75,14 +80,20 @@ pub(in super::super) fn run(args: &DemoWriterArgs, node: &NodeAt) -> anyhow::Res
         return Ok(());
     }
     let mut work = Work {
-        region,
+        region: Arc::new(region),
         places: Places::new(0x5eed, args.size.0),
         size: args.size.0,
         stores: 0,
         commits: 0,
         bulk_done: false,
     };
-    work.run(Duration::from_secs(args.seconds), &mut out)?;
+    let time = Duration::from_secs(args.seconds);
+    if args.mode == Mode::Sync {
+        work.run_with_chains(time, &mut out)?;
+    } else {
+        work.run(time, &mut out)?;
+    }
+    work.publish()?;
     out.json_line(&FromWriter::Finished {
         stores: work.stores,
         commits: work.commits,
@@ -95,7 +106,7 @@ pub(in super::super) fn run(args: &DemoWriterArgs, node: &NodeAt) -> anyhow::Res
 }
 
 struct Work {
-    region: Writer,
+    region: Arc<Writer>,
     places: Places,
     size: u64,
     stores: u64,
@@ -126,6 +137,32 @@ impl Work {
                 Phase::Commits => self.record()?,
             }
         }
+        Ok(())
+    }
+
+    /// The same while threads store chains, which the reader checks at every epoch.
+    fn run_with_chains(&mut self, time: Duration, out: &mut Output) -> anyhow::Result<()> {
+        let stop = AtomicBool::new(false);
+        let region = Arc::clone(&self.region);
+        let chained = thread::scope(|scope| {
+            let (region, stop) = (&region, &stop);
+            let chains = (0..CHAINS)
+                .map(|chain| scope.spawn(move || chain::store(region, chain, stop)))
+                .collect::<Vec<_>>();
+            let result = self.run(time, out);
+            stop.store(true, Ordering::Relaxed);
+            let mut stores = 0;
+            for chain in chains {
+                let stored = chain.join().map_err(|_| anyhow::anyhow!("a chain broke"))?;
+                stores += 2 * stored.context("storing a chain")?;
+            }
+            result.map(|()| stores)
+        })?;
+        self.stores += chained;
+        Ok(())
+    }
+
+    fn publish(&self) -> anyhow::Result<()> {
         let epoch = self
             .region
             .commit(COMMIT_DEADLINE)
