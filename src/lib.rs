@@ -47,6 +47,7 @@
 //! | [`client`] | blocking faces: [`client::Node`], [`client::Writer`], [`client::Reader`] |
 //! | [`node`] | configuration, the engine on a thread, metrics |
 //! | [`engine`] | the io_uring loop and its connections |
+//! | [`zerobuffer`] | two-buffer channels, compatible with ZeroBuffer v1 |
 //! | [`replicate`] | updates from a source's epochs to a replica's, as values |
 //! | [`region`], [`track`] | memfd regions with their control pages; finding and capturing what changed |
 //! | [`wire`] | frames between nodes, messages of the control socket |
@@ -94,3 +95,5 @@ pub mod units;
 pub mod wire;
 #[cfg(not(loom))]
 pub mod words;
+#[cfg(not(loom))]
+pub mod zerobuffer;

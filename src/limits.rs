@@ -194,6 +194,28 @@ limits! {
     DRAIN_DEADLINE_MS = 3_000, Millis;
     /// Time for which a source remembers a replica that went away, so that it can resume.
     RESUME_WINDOW_MS = 300_000, Millis;
+    /// Longest name of a two-buffer channel's buffer: with `sem.sem-w-` in front of it a file name of 255 bytes.
+    ZEROBUFFER_NAME_BYTES = 245, Bytes;
+    /// Largest buffer of a two-buffer channel; as for regions.
+    ZEROBUFFER_MAX_BYTES = 4096 * GIB, Bytes;
+    /// Pause after which a waiting end of a two-buffer channel looks whether its peer lives; version 1 has no word that the kernel marks.
+    ZEROBUFFER_PEER_CHECK_MS = 20, Millis;
+    /// Frames written without waiting after which a writer looks whether its reader lives.
+    ZEROBUFFER_CHECK_FRAMES = 64, Count;
+    /// Longest spinning before an adaptive wait sleeps; beyond it a processor is burnt for less than a wake-up costs.
+    SPIN_MAX_US = 30, Micros;
+    /// Bytes of a handler's error that reach the client of a two-buffer channel; the frame then fits the smallest useful buffer.
+    ZEROBUFFER_REFUSAL_BYTES = 200, Bytes;
+    /// Lock files of other two-buffer channels looked at when one is made, to remove what dead owners left.
+    ZEROBUFFER_SWEEP_FILES = 1_024, Count;
+    /// Time for which a locked name without a living reader is tried again: somebody begins, ends or clears up.
+    ZEROBUFFER_LOCK_MS = 200, Millis;
+    /// Age from which a lock file without shared memory counts as left behind; its owner makes both within microseconds.
+    ZEROBUFFER_ORPHAN_MS = 10_000, Millis;
+    /// Frames of a lap that a new writer walks over to find where its predecessor stopped; a fraction of a second.
+    ZEROBUFFER_RESUME_STEPS = 16 * MIB, Count;
+    /// Pause between two looks for a buffer that its reader has not made yet.
+    ZEROBUFFER_ATTACH_POLL_MS = 2, Millis;
 }
 
 const _: () = {

@@ -24,12 +24,13 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
     Some(match room {
         "sys" | "wire" | "manual" => &[],
         "shm" => &["sys"],
-        "region" | "track" => &["shm", "sys"],
+        "region" | "track" | "zerobuffer" => &["shm", "sys"],
         "replicate" => &["region", "track", "wire", "shm", "sys"],
         "engine" => &["replicate", "region", "track", "wire", "shm", "sys"],
         "node" | "client" => &[
             "engine",
             "replicate",
+            "zerobuffer",
             "region",
             "track",
             "wire",
@@ -41,6 +42,7 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
             "client",
             "engine",
             "replicate",
+            "zerobuffer",
             "region",
             "track",
             "wire",

@@ -6,7 +6,9 @@
 //! this process can ever write, which the kernel's seals guarantee, and so is a
 //! plain slice. [`seqlock`] is the protocol by which copies of more than one
 //! word are told whole from torn, [`turns`] the one by which guards and commits take
-//! turns, [`queue`] the one by which a writer hands marks over.
+//! turns, [`queue`] the one by which a writer hands marks over, [`count`] that of a
+//! counting semaphore, of which [`Semaphore`] is the named kind.
+pub mod count;
 #[cfg(not(loom))]
 mod memory;
 #[cfg(not(loom))]
@@ -14,6 +16,8 @@ mod owned;
 #[cfg(not(loom))]
 mod page;
 pub mod queue;
+#[cfg(not(loom))]
+mod semaphore;
 pub mod seqlock;
 pub mod sync;
 pub mod turns;
@@ -24,3 +28,5 @@ pub use memory::{SharedMemory, WriteError};
 pub use owned::OwnedMemory;
 #[cfg(not(loom))]
 pub use page::{Ahead, BLOCK};
+#[cfg(not(loom))]
+pub use semaphore::Semaphore;

@@ -23,6 +23,7 @@ pub mod map;
 pub mod memfd;
 pub mod net;
 pub mod pagemap;
+pub mod posix_shm;
 pub mod probe;
 pub mod process;
 pub mod ring;

@@ -30,6 +30,7 @@ mod scenarios;
 mod transactions;
 mod watched;
 mod writer;
+mod zerobuffer;
 
 /// Not a test of its own: with the variable set this process runs the command without
 /// some system calls.

@@ -5,6 +5,7 @@
 //! with one ordering or one step left out, which loom has to catch.
 #![cfg(loom)]
 
+mod count;
 mod exact;
 mod queue;
 mod seqlock;
