@@ -49,6 +49,7 @@
 //! | [`engine`] | the io_uring loop and its connections |
 //! | [`zerobuffer`] | two-buffer channels, compatible with ZeroBuffer v1 |
 //! | [`replicate`] | updates from a source's epochs to a replica's, as values |
+//! | [`duplex`] | channels in place: one frame, changed by the server where the client wrote it |
 //! | [`region`], [`track`] | memfd regions with their control pages; finding and capturing what changed |
 //! | [`wire`] | frames between nodes, messages of the control socket |
 //! | [`words`], [`units`], [`limits`], [`bitmap`], [`checksum`], [`shm`] | what all of them stand on |
@@ -64,6 +65,7 @@ pub mod checksum;
 pub mod cli;
 #[cfg(not(loom))]
 pub mod client;
+pub mod duplex;
 #[cfg(not(loom))]
 pub mod engine;
 #[cfg(not(loom))]

@@ -216,6 +216,26 @@ limits! {
     ZEROBUFFER_RESUME_STEPS = 16 * MIB, Count;
     /// Pause between two looks for a buffer that its reader has not made yet.
     ZEROBUFFER_ATTACH_POLL_MS = 2, Millis;
+    /// Slots of a channel: requests in flight at the same time; two completions of each fit in 16-bit tickets.
+    MAX_CHANNEL_SLOTS = 1_024, Count;
+    /// Least slots of a channel; its completion ring is then one line.
+    MIN_CHANNEL_SLOTS = 8, Count;
+    /// Slots of a channel that asks for no number.
+    DEFAULT_CHANNEL_SLOTS = 64, Count;
+    /// Payload of a channel; lengths of frames are 32 bits.
+    MAX_CHANNEL_PAYLOAD = 2 * GIB, Bytes;
+    /// Metadata of one side of a channel, its length word included.
+    MAX_CHANNEL_METADATA = MIB, Bytes;
+    /// Longest text of a handler's error that reaches the client.
+    MAX_CHANNEL_ERROR_BYTES = 256, Bytes;
+    /// Worker threads of one channel.
+    MAX_CHANNEL_WORKERS = 64, Count;
+    /// Time that a channel's side polls before it sleeps; longer stretches cost more than a wake-up.
+    CHANNEL_SPIN_US = 30, Micros;
+    /// Time after which a sleeping side of a channel also watches its peer's liveness word.
+    CHANNEL_PROBE_MS = 10, Millis;
+    /// Answers of a channel's worker that may wait for their wake-up while further requests are there.
+    MAX_DEFERRED_POSTS = 32, Count;
 }
 
 const _: () = {

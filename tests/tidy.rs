@@ -15,7 +15,7 @@ const MAX_FN_LINES: usize = 70;
 const DRAWERS: [&str; 4] = ["util", "common", "helpers", "types"];
 const UNSAFE_ROOMS: [&str; 3] = ["sys", "shm", "ffi"];
 /// Rooms whose code is values: no socket, clock or thread of their own.
-const PURE_ROOMS: [&str; 2] = ["wire", "replicate"];
+const PURE_ROOMS: [&str; 3] = ["wire", "replicate", "duplex"];
 const BASE: [&str; 5] = ["units", "limits", "bitmap", "checksum", "words"];
 
 /// The rooms that `room` may import besides the base and itself, or none if the
@@ -25,10 +25,11 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
         "sys" | "wire" | "manual" => &[],
         "shm" => &["sys"],
         "region" | "track" | "zerobuffer" => &["shm", "sys"],
-        "replicate" => &["region", "track", "wire", "shm", "sys"],
+        "replicate" | "duplex" => &["region", "track", "wire", "shm", "sys"],
         "engine" => &["replicate", "region", "track", "wire", "shm", "sys"],
         "node" | "client" => &[
             "engine",
+            "duplex",
             "replicate",
             "zerobuffer",
             "region",
@@ -41,6 +42,7 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
             "node",
             "client",
             "engine",
+            "duplex",
             "replicate",
             "zerobuffer",
             "region",

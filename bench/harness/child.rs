@@ -4,11 +4,15 @@
 //! descriptors go both ways. It ends when the other end is closed.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::wait::{WaitPidFlag, waitpid};
+use nix::time::{clock_getcpuclockid, clock_gettime};
+use nix::unistd::Pid;
 use uffd_sync::sys::net::{self, Blocking};
 use uffd_sync::sys::process::pin_to_cpu;
 
@@ -59,9 +63,22 @@ impl Child {
         core: Option<usize>,
         args: &[&str],
     ) -> anyhow::Result<Self> {
+        let program = std::env::current_exe()?;
+        Self::spawn_program(&program, &["--child", role], role, core, args)
+    }
+
+    /// Starts another program that keeps to the same lines: `leading` arguments, a
+    /// core or `-`, then `args`.
+    pub(crate) fn spawn_program(
+        program: &Path,
+        leading: &[&str],
+        role: &'static str,
+        core: Option<usize>,
+        args: &[&str],
+    ) -> anyhow::Result<Self> {
         let (ours, theirs) = net::unix_pair()?;
-        let process = Command::new(std::env::current_exe()?)
-            .args(["--child", role])
+        let process = Command::new(program)
+            .args(leading)
             .arg(core.map_or_else(|| ANYWHERE.to_owned(), |core| core.to_string()))
             .args(args)
             .stdin(Stdio::from(theirs))
@@ -98,6 +115,28 @@ impl Child {
 
     fn channel(&mut self) -> anyhow::Result<&mut Channel> {
         self.channel.as_mut().context("the channel is closed")
+    }
+
+    /// Its process id, good until this is dropped.
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_raw(self.process.id().cast_signed())
+    }
+
+    /// Processor time that it has used.
+    pub(crate) fn cpu_time(&self) -> anyhow::Result<Duration> {
+        Ok(clock_gettime(clock_getcpuclockid(self.pid())?)?.into())
+    }
+
+    /// Stops it where it stands; it keeps its memory and uses no processor.
+    pub(crate) fn pause(&self) -> anyhow::Result<()> {
+        kill(self.pid(), Signal::SIGSTOP)?;
+        waitpid(self.pid(), Some(WaitPidFlag::WUNTRACED))?;
+        Ok(())
+    }
+
+    /// Lets it go on.
+    pub(crate) fn resume(&self) -> anyhow::Result<()> {
+        Ok(kill(self.pid(), Signal::SIGCONT)?)
     }
 
     /// Closes the channel and waits for a good end.

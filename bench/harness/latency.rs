@@ -18,6 +18,11 @@ impl Latencies {
         self.0.saturating_record(ns.max(1));
     }
 
+    /// Several times the same.
+    pub(crate) fn record_many(&mut self, ns: u64, count: u64) {
+        self.0.saturating_record_n(ns.max(1), count);
+    }
+
     pub(crate) fn add(&mut self, other: &Self) -> anyhow::Result<()> {
         Ok(self.0.add(&other.0)?)
     }

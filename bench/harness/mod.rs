@@ -16,6 +16,7 @@
 mod bare;
 mod child;
 mod latency;
+mod placement;
 mod probe;
 mod report;
 mod rounds;
@@ -27,6 +28,7 @@ use clap::Parser;
 pub(crate) use bare::{BareScan, BareUffd, Span, pages_in};
 pub(crate) use child::{Channel, Child, Role};
 pub(crate) use latency::Latencies;
+pub(crate) use placement::Placement;
 pub(crate) use probe::Nearness;
 pub(crate) use report::{Goal, Outcome};
 pub(crate) use rounds::{Rounds, median, scattered};

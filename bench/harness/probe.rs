@@ -1,4 +1,7 @@
 //! How far apart the first two cores are: the round trip of one cache line.
+//!
+//! On a guest they move while a bench runs: two threads of one core, two cores that
+//! share a cache, or two that do not.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -6,6 +9,8 @@ use std::time::{Duration, Instant};
 
 use uffd_sync::sys::process::pin_to_cpu;
 
+/// Below this the two are threads of one core.
+const SIBLING_BELOW_NS: f64 = 48.0;
 /// Below this a round trip stays within one complex of cores.
 const NEAR_BELOW_NS: f64 = 150.0;
 /// Above this somebody else was running on one of the two.
@@ -15,10 +20,14 @@ const BATCH: u64 = 2_000;
 const BATCHES: usize = 9;
 /// Two threads that share a core take milliseconds for each round trip.
 const GIVE_UP: Duration = Duration::from_millis(200);
+/// Looks at the line between two looks at the clock, which costs as much as ten.
+const POLLS_PER_CLOCK: u32 = 1_000;
 
 /// What a probe found.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) enum Nearness {
+    /// They are two threads of one core.
+    Sibling(f64),
     /// The two cores share a cache.
     Near(f64),
     /// They do not.
@@ -30,6 +39,24 @@ pub(crate) enum Nearness {
 #[repr(align(128))]
 struct Line(AtomicU64);
 
+impl Line {
+    /// Polls until the line holds `value`; no if `give_up` says so before.
+    fn becomes(&self, value: u64, give_up: impl Fn() -> bool) -> bool {
+        loop {
+            for _ in 0..POLLS_PER_CLOCK {
+                // SYNC(bounce): pairs with the stores of the other core.
+                if self.0.load(Ordering::Acquire) == value {
+                    return true;
+                }
+                std::hint::spin_loop();
+            }
+            if give_up() {
+                return false;
+            }
+        }
+    }
+}
+
 impl Nearness {
     /// Bounces a cache line between cores 0 and 1.
     pub(crate) fn probe() -> Self {
@@ -40,14 +67,10 @@ impl Nearness {
                     stop.store(true, Ordering::Relaxed);
                 }
                 let mut next = 1;
-                while !stop.load(Ordering::Relaxed) {
-                    // SYNC(bounce): pairs with the stores of `ask`, and each store
-                    // here with its load.
-                    if line.0.load(Ordering::Acquire) == next {
-                        line.0.store(next + 1, Ordering::Release);
-                        next += 2;
-                    }
-                    std::hint::spin_loop();
+                let give_up = || stop.load(Ordering::Relaxed);
+                while line.becomes(next, give_up) {
+                    line.0.store(next + 1, Ordering::Release);
+                    next += 2;
                 }
             });
             let asks = scope.spawn(|| ask(&line, &stop));
@@ -57,6 +80,7 @@ impl Nearness {
         });
         batches.sort_by(f64::total_cmp);
         match batches.get(batches.len() / 2) {
+            Some(ns) if *ns < SIBLING_BELOW_NS => Self::Sibling(*ns),
             Some(ns) if *ns < NEAR_BELOW_NS => Self::Near(*ns),
             Some(ns) if *ns < DISTURBED_ABOVE_NS => Self::Far(*ns),
             _ => Self::Unknown,
@@ -82,11 +106,9 @@ fn ask(line: &Line, stop: &AtomicBool) -> Vec<f64> {
         for _ in 0..BATCH {
             // SYNC(bounce): as on the other core.
             line.0.store(next + 1, Ordering::Release);
-            while line.0.load(Ordering::Acquire) != next + 2 {
-                if stop.load(Ordering::Relaxed) || begun.elapsed() > GIVE_UP {
-                    return batches;
-                }
-                std::hint::spin_loop();
+            let give_up = || stop.load(Ordering::Relaxed) || begun.elapsed() > GIVE_UP;
+            if !line.becomes(next + 2, give_up) {
+                return batches;
             }
             next += 2;
         }
@@ -98,6 +120,7 @@ fn ask(line: &Line, stop: &AtomicBool) -> Vec<f64> {
 impl fmt::Display for Nearness {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Sibling(ns) => write!(f, "threads of one core ({ns:.0} ns)"),
             Self::Near(ns) => write!(f, "near ({ns:.0} ns)"),
             Self::Far(ns) => write!(f, "far ({ns:.0} ns)"),
             Self::Unknown => f.write_str("unknown"),

@@ -40,6 +40,8 @@ pub(crate) struct Outcome {
     pub(crate) goal: Option<Goal>,
     pub(crate) latencies: Vec<(&'static str, Latencies)>,
     pub(crate) notes: Vec<String>,
+    /// Why it was not measured.
+    pub(crate) not_run: Option<String>,
 }
 
 impl Outcome {
@@ -60,7 +62,19 @@ impl Outcome {
             goal: None,
             latencies: Vec::new(),
             notes: Vec::new(),
+            not_run: None,
         }
+    }
+
+    /// A case that was not measured, for a reason; its numbers are null.
+    pub(crate) fn not_run(
+        case: &'static str,
+        baseline: &'static str,
+        reason: impl Into<String>,
+    ) -> Self {
+        let mut outcome = Self::times(case, "", f64::NAN, (baseline, f64::NAN));
+        outcome.not_run = Some(reason.into());
+        outcome
     }
 
     /// A case whose ratio is baseline over value: how many times less than it.
@@ -102,6 +116,8 @@ struct Line<'a> {
     ratio: f64,
     goal: Option<f64>,
     holds: Option<bool>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    not_run: Option<&'a str>,
 }
 
 /// Prints outcomes as they come.
@@ -129,7 +145,9 @@ impl Report {
     }
 
     pub(super) fn add(&mut self, outcome: &Outcome) -> anyhow::Result<()> {
-        let holds = outcome.goal.map(|goal| goal.holds(outcome.ratio));
+        let measured = outcome.not_run.is_none();
+        let goal = outcome.goal.filter(|_| measured);
+        let holds = goal.map(|goal| goal.holds(outcome.ratio));
         self.goals += usize::from(holds.is_some());
         self.missed += usize::from(holds == Some(false));
         let mut out = io::stdout().lock();
@@ -142,8 +160,9 @@ impl Report {
                 baseline: outcome.baseline,
                 baseline_value: outcome.baseline_value,
                 ratio: outcome.ratio,
-                goal: outcome.goal.map(Goal::number),
+                goal: goal.map(Goal::number),
                 holds,
+                not_run: outcome.not_run.as_deref(),
             };
             writeln!(out, "{}", serde_json::to_string(&line)?)?;
         } else {
@@ -171,6 +190,9 @@ impl Report {
 fn table(out: &mut impl Write, outcome: &Outcome, holds: Option<bool>) -> io::Result<()> {
     let Outcome { unit, .. } = outcome;
     writeln!(out, "{}", outcome.case)?;
+    if let Some(reason) = &outcome.not_run {
+        return writeln!(out, "    not run: {reason} ({})\n", outcome.baseline);
+    }
     writeln!(
         out,
         "    {:<52} {:>12} {unit}",

@@ -1,6 +1,8 @@
 //! Interleaved rounds and their medians.
 
-use super::{Nearness, Options};
+use uffd_sync::sys::process::pin_to_cpu;
+
+use super::{Nearness, Options, Placement};
 
 /// The median; NaN of nothing.
 pub(crate) fn median(values: &[f64]) -> f64 {
@@ -40,7 +42,7 @@ impl Rounds {
     }
 
     /// The same over two cores: a round in which the cores moved apart or together
-    /// is dropped, and up to as many again are run instead.
+    /// is dropped. Rounds go on until enough of them have found the cores alike, at most twice as many as asked for; then those alike that are more count.
     pub(crate) fn run_over_two_cores(
         options: &Options,
         variants: usize,
@@ -48,31 +50,61 @@ impl Rounds {
     ) -> anyhow::Result<Self> {
         one_round(variants, 0, &mut measure)?;
         let mut before = Nearness::probe();
-        let mut rounds = Self::new(variants, Some(before));
-        let mut spare = Vec::new();
+        let mut alike = [(); 3].map(|()| Self::new(variants, None));
+        let mut spare = Self::new(variants, Some(Nearness::Unknown));
         for round in 1..=2 * options.rounds() {
             let values = one_round(variants, round, &mut measure)?;
             let after = Nearness::probe();
-            if before.agrees_with(after) && after != Nearness::Unknown {
-                rounds.keep(&values);
-                rounds.nearness = Some(after);
-            } else {
-                rounds.dropped += 1;
-                spare.push(values);
-            }
+            let kept = match after {
+                _ if !before.agrees_with(after) => &mut spare,
+                Nearness::Near(_) => &mut alike[0],
+                Nearness::Far(_) => &mut alike[1],
+                Nearness::Sibling(_) => &mut alike[2],
+                Nearness::Unknown => &mut spare,
+            };
+            kept.keep(&values);
+            kept.nearness = Some(after);
             before = after;
-            if rounds.values[0].len() == options.rounds() {
-                return Ok(rounds);
+            if alike.iter().any(|kind| kind.count() == options.rounds()) {
+                break;
             }
         }
-        // A machine so busy that no probe tells: the rounds count, and are said to
-        // be of unknown placement.
-        for values in spare {
-            rounds.keep(&values);
+        let all = spare.count() + alike.iter().map(Self::count).sum::<usize>();
+        let [near, far, sibling] = alike;
+        let most = |a: Self, b: Self| if a.count() >= b.count() { a } else { b };
+        let mut rounds = most(most(near, far), sibling);
+        if rounds.count() == 0 {
+            // A machine so busy that no probe tells: the rounds count, and are said
+            // to be of unknown placement.
+            rounds = spare;
+            rounds.nearness = Some(Nearness::Unknown);
         }
-        rounds.nearness = Some(Nearness::Unknown);
-        rounds.dropped = 0;
+        rounds.dropped = all - rounds.count();
         Ok(rounds)
+    }
+
+    /// One of the two above, with the client's thread where the placement has it.
+    /// What is measured is used on a thread of its own, so that nothing else of this
+    /// process stays pinned.
+    pub(crate) fn run_placed(
+        options: &Options,
+        placement: Placement,
+        variants: usize,
+        measure: impl FnMut(usize, usize) -> anyhow::Result<f64> + Send,
+    ) -> anyhow::Result<Self> {
+        let measured = std::thread::scope(|scope| {
+            let client = scope.spawn(|| {
+                if let [Some(core), _] = placement.cores() {
+                    pin_to_cpu(core)?;
+                }
+                match placement {
+                    Placement::TwoCores => Self::run_over_two_cores(options, variants, measure),
+                    Placement::OneCore | Placement::Free => Self::run(options, variants, measure),
+                }
+            });
+            client.join()
+        });
+        measured.map_err(|_| anyhow::anyhow!("the measuring thread panicked"))?
     }
 
     fn new(variants: usize, nearness: Option<Nearness>) -> Self {
@@ -87,6 +119,11 @@ impl Rounds {
         for (list, value) in self.values.iter_mut().zip(values) {
             list.push(*value);
         }
+    }
+
+    /// Rounds that count.
+    fn count(&self) -> usize {
+        self.values[0].len()
     }
 
     /// The median of one variant.

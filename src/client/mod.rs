@@ -18,19 +18,24 @@
 //! # }
 //! ```
 
+pub mod channel;
 mod connection;
 mod reader;
 mod writer;
 
 use std::path::PathBuf;
 
+pub use channel::{
+    ChannelError, ChannelHandle, ClientOptions, DuplexClient, Frame, HandlerError, HandlerFailure,
+    InPlaceDuplexServer, Request, Response, ServerOptions, SharedDuplexClient, SharedResponse,
+};
 pub use connection::Node;
 pub use reader::Reader;
 pub use writer::{Writer, WriterOptions};
 
 use crate::region::RegionError;
 use crate::sys::SysError;
-use crate::wire::control::{ControlError, RefusalCode, Response};
+use crate::wire::control::{self, ControlError, RefusalCode};
 
 /// A request to a node that failed.
 #[derive(Debug, thiserror::Error)]
@@ -107,16 +112,16 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    fn unexpected(request: &'static str, response: &Response) -> Self {
+    fn unexpected(request: &'static str, response: &control::Response) -> Self {
         let found = match response {
-            Response::Welcome { .. } => "a welcome",
-            Response::Done => "done",
-            Response::Status(_) => "a status",
-            Response::Attached { .. } => "an attachment",
-            Response::PreviousLife { .. } => "a previous life",
-            Response::HandedOver { .. } => "a hand-over",
-            Response::Cut { .. } => "a cut",
-            Response::Refused { .. } => "a refusal",
+            control::Response::Welcome { .. } => "a welcome",
+            control::Response::Done => "done",
+            control::Response::Status(_) => "a status",
+            control::Response::Attached { .. } => "an attachment",
+            control::Response::PreviousLife { .. } => "a previous life",
+            control::Response::HandedOver { .. } => "a hand-over",
+            control::Response::Cut { .. } => "a cut",
+            control::Response::Refused { .. } => "a refusal",
         };
         Self::Unexpected { request, found }
     }

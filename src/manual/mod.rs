@@ -5,6 +5,7 @@
 //! | [`architecture`] | who changes the code, or wants to know where a store goes |
 //! | [`wire_format`] | who writes another implementation, or reads a packet dump |
 //! | [`shared_layouts`] | who attaches from another language, or reads a memory dump |
+//! | [`channels`] | who speaks to a channel from another language, or must know what a peer can do |
 //! | [`operations`] | who runs nodes: configuration, signals, metrics, troubleshooting |
 
 #[doc = include_str!("architecture.md")]
@@ -15,6 +16,9 @@ pub mod wire_format {}
 
 #[doc = include_str!("shared_layouts.md")]
 pub mod shared_layouts {}
+
+#[doc = include_str!("channels.md")]
+pub mod channels {}
 
 #[doc = include_str!("operations.md")]
 pub mod operations {}

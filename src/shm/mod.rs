@@ -4,11 +4,14 @@
 //! slice or a reference to plain data, since what another process stores at any
 //! moment would make that unsound. [`OwnedMemory`] is memory that nobody but
 //! this process can ever write, which the kernel's seals guarantee, and so is a
-//! plain slice. [`seqlock`] is the protocol by which copies of more than one
+//! plain slice. [`Lines`] are words for hot paths, checked once when the layout is
+//! opened. [`seqlock`] is the protocol by which copies of more than one
 //! word are told whole from torn, [`turns`] the one by which guards and commits take
 //! turns, [`queue`] the one by which a writer hands marks over, [`count`] that of a
 //! counting semaphore, of which [`Semaphore`] is the named kind.
 pub mod count;
+#[cfg(not(loom))]
+mod lines;
 #[cfg(not(loom))]
 mod memory;
 #[cfg(not(loom))]
@@ -20,8 +23,12 @@ pub mod queue;
 mod semaphore;
 pub mod seqlock;
 pub mod sync;
+#[cfg(not(loom))]
+mod trust;
 pub mod turns;
 
+#[cfg(not(loom))]
+pub use lines::{Line, Lines, high_half};
 #[cfg(not(loom))]
 pub use memory::{SharedMemory, WriteError};
 #[cfg(not(loom))]
@@ -30,3 +37,5 @@ pub use owned::OwnedMemory;
 pub use page::{Ahead, BLOCK};
 #[cfg(not(loom))]
 pub use semaphore::Semaphore;
+#[cfg(not(loom))]
+pub use trust::{PeerTrust, TrustedBytes};

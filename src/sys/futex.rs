@@ -39,6 +39,8 @@ pub const MAX_WORDS: usize = 4;
 /// `FUTEX_WAIT` and `FUTEX_WAKE` without `FUTEX_PRIVATE_FLAG`.
 const FUTEX_WAIT: libc::c_int = 0;
 const FUTEX_WAKE: libc::c_int = 1;
+const FUTEX_WAIT_BITSET: libc::c_int = 9;
+const FUTEX_WAKE_BITSET: libc::c_int = 10;
 /// `FUTEX2_SIZE_U32`, shared between processes.
 const FUTEX2_SIZE_U32: u32 = 2;
 /// How long the substitute for `futex_waitv` sleeps on its first word.
@@ -202,6 +204,60 @@ pub fn wake(word: &AtomicU32, count: u32) -> Result<u32, SysError> {
     // kernel uses the address only.
     let answer = unsafe { libc::syscall(libc::SYS_futex, word.as_ptr(), FUTEX_WAKE, count) };
     check("futex FUTEX_WAKE", answer).map(|woken| woken as u32)
+}
+
+/// [`wait`] for those wake-ups only whose mask has a bit in common with `mask`,
+/// until `until_ns` on [`monotonic_ns`](super::process::monotonic_ns)'s clock
+/// (`u64::MAX`: for ever). The kernel takes that time as it is, so no clock is
+/// read here.
+///
+/// # Errors
+/// `EINVAL` for an empty mask; whatever else `futex` says beyond [`Wake`].
+pub fn wait_masked(
+    word: &AtomicU32,
+    expected: u32,
+    mask: u32,
+    until_ns: u64,
+) -> Result<Wake, SysError> {
+    let until = (until_ns != u64::MAX).then(|| timespec(Duration::from_nanos(until_ns)));
+    let until = until.as_ref().map_or(std::ptr::null(), std::ptr::from_ref);
+    // SAFETY: required: `word` is a readable, aligned u32 and `until` null or a
+    // valid timespec for the length of the call. Both are borrowed here.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            FUTEX_WAIT_BITSET,
+            expected,
+            until,
+            std::ptr::null::<u32>(),
+            mask,
+        )
+    };
+    outcome("futex FUTEX_WAIT_BITSET", answer)
+}
+
+/// Wakes up to `count` threads that wait for `word` with a mask that has a bit in
+/// common with `mask`; [`wait`] and [`wait_any`] wait with all bits.
+///
+/// # Errors
+/// `EINVAL` for an empty mask.
+pub fn wake_masked(word: &AtomicU32, count: u32, mask: u32) -> Result<u32, SysError> {
+    let count = i32::try_from(count).unwrap_or(i32::MAX);
+    // SAFETY: required: `word` is a mapped, aligned address; it is borrowed. The
+    // kernel uses the address only.
+    let answer = unsafe {
+        libc::syscall(
+            libc::SYS_futex,
+            word.as_ptr(),
+            FUTEX_WAKE_BITSET,
+            count,
+            std::ptr::null::<libc::timespec>(),
+            std::ptr::null::<u32>(),
+            mask,
+        )
+    };
+    check("futex FUTEX_WAKE_BITSET", answer).map(|woken| woken as u32)
 }
 
 fn outcome(call: &'static str, answer: libc::c_long) -> Result<Wake, SysError> {
@@ -443,6 +499,36 @@ mod tests {
         assert!(wait_any(&[], soon()).is_err());
         assert!(wait_any(&[(&first, 1); 5], soon()).is_err());
         assert_eq!(wake(&first, u32::MAX).expect("wake"), 0);
+    }
+
+    #[test]
+    fn a_masked_wake_reaches_its_mask_only() {
+        let word = AtomicU32::new(0);
+        let now = super::super::process::monotonic_ns;
+        assert_eq!(
+            wait_masked(&word, 0, 1, now() + 1_000_000).expect("wait"),
+            Wake::TimedOut
+        );
+        assert_eq!(
+            wait_masked(&word, 1, 1, u64::MAX).expect("wait"),
+            Wake::Changed
+        );
+        assert!(wait_masked(&word, 0, 0, now()).is_err());
+        thread::scope(|scope| {
+            let (word, until) = (&word, now() + PATIENCE.as_nanos() as u64);
+            let waiter = scope.spawn(move || wait_masked(word, 0, 4, until));
+            while !waiter.is_finished() {
+                assert_eq!(wake_masked(word, u32::MAX, 8).expect("wake"), 0);
+                if wake_masked(word, u32::MAX, 12).expect("wake") == 1 {
+                    break;
+                }
+                thread::yield_now();
+            }
+            assert_eq!(
+                waiter.join().expect("the waiter").expect("wait"),
+                Wake::Woken
+            );
+        });
     }
 
     #[test]

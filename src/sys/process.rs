@@ -262,6 +262,16 @@ pub fn process_id() -> i32 {
     nix::unistd::getpid().as_raw()
 }
 
+/// The CPU that the calling thread runs on at the moment: a load from the C
+/// library's thread area, where it registered one (2.35 and later), else a call
+/// into the vDSO. `u32::MAX` where neither answers.
+#[inline]
+pub fn current_cpu() -> u32 {
+    // SAFETY: required: nothing; the function has no arguments and always returns.
+    let cpu = unsafe { libc::sched_getcpu() };
+    u32::try_from(cpu).unwrap_or(u32::MAX)
+}
+
 /// Lets the calling thread run on one CPU only.
 ///
 /// # Errors

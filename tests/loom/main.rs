@@ -6,7 +6,11 @@
 #![cfg(loom)]
 
 mod count;
+mod duplex_completion;
+mod duplex_event;
+mod duplex_frame;
 mod exact;
+mod futex;
 mod queue;
 mod seqlock;
 mod turns;

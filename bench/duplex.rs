@@ -1,0 +1,107 @@
+//! What a channel costs: `cargo bench --bench duplex`.
+//!
+//! | cases | against | goal |
+//! |---|---|---|
+//! | `parked-64B`, `default-64B` | a futex ping-pong that wakes and waits unconditionally | one core: <= 0.95x, <= 0.70x |
+//! | `adaptive-*` | parking at once | <= 1.1x in every placement |
+//! | `hot-64B` | one cache line's round trip; iceoryx2 polling | near <= 1.15x, >= 6x less; far <= 1.3x, >= 4.5x |
+//! | `batch-64` | a round trip of one cache line per request | <= 0.06x |
+//! | `hot-1MiB-bytes` | the computation alone, iceoryx2, a Unix socket | near <= 1.25x, >= 3x, >= 15x less |
+//! | `*-vs-two-buffers` | two rings of the same size, waiting alike | parked >= 1.15x, one byte >= 1.8x; hot >= 1.6x, >= 3x |
+//! | `killed` | a bare robust futex whose holder dies | <= 1.5x |
+//! | `resident` | two rings of the same size, filled | <= 0.51x |
+//! | `blur-3MB`, `large-frame`, sizes, other peers | each other | none |
+//!
+//! Client and server are processes of their own everywhere; each response is checked.
+//! Peers under `tools/peers` are named as not run where they are not built.
+#![allow(
+    unsafe_code,
+    reason = "bare pages that two processes write in turns, and slices of frames"
+)]
+
+#[path = "duplex/adaptive.rs"]
+mod adaptive;
+#[path = "duplex/alone.rs"]
+mod alone;
+#[path = "duplex/bare.rs"]
+mod bare;
+#[path = "duplex/contest.rs"]
+mod contest;
+#[path = "duplex/death.rs"]
+mod death;
+mod harness;
+#[path = "duplex/inplace.rs"]
+mod inplace;
+#[path = "duplex/large.rs"]
+mod large;
+#[path = "duplex/link.rs"]
+mod link;
+#[path = "duplex/payload.rs"]
+mod payload;
+#[path = "duplex/peers.rs"]
+mod peers;
+#[path = "duplex/resident.rs"]
+mod resident;
+#[path = "duplex/small.rs"]
+mod small;
+#[path = "duplex/two_buffers.rs"]
+mod two_buffers;
+
+use harness::{Group, Role};
+
+fn main() -> std::process::ExitCode {
+    let group = |cases, run| Group {
+        cases,
+        only_all: false,
+        run,
+    };
+    let extra = |cases, run| Group {
+        cases,
+        only_all: true,
+        run,
+    };
+    let groups = [
+        group(small::CASES_HOT, small::run_hot),
+        group(small::CASES_ONE_CORE, small::run_one_core),
+        group(small::CASES_SLEEPING, small::run_sleeping),
+        group(small::CASES_FREE, small::run_free),
+        group(large::CASES_HOT, large::run_hot),
+        group(large::CASES_PARKED_ONE_CORE, large::run_parked_one_core),
+        group(large::CASES_PARKED_TWO_CORES, large::run_parked_two_cores),
+        group(adaptive::CASES_ONE_CORE, adaptive::run_one_core),
+        group(adaptive::CASES_TWO_CORES, adaptive::run_two_cores),
+        group(adaptive::CASES_FREE, adaptive::run_free),
+        group(death::CASES, death::run),
+        group(resident::CASES, resident::run),
+        group(resident::CASES_LARGE, resident::run_large),
+        group(large::CASES_IMAGE, large::run_image),
+        extra(large::CASES_SIZES, large::run_sizes),
+    ];
+    let roles = [
+        Role {
+            name: bare::ROLE,
+            run: bare::serve,
+        },
+        Role {
+            name: alone::ROLE,
+            run: alone::serve,
+        },
+        Role {
+            name: inplace::ROLE,
+            run: inplace::serve,
+        },
+        Role {
+            name: two_buffers::ROLE,
+            run: two_buffers::serve,
+        },
+        Role {
+            name: death::ROLE,
+            run: death::serve,
+        },
+        Role {
+            name: death::ROLE_CHANNEL,
+            run: death::serve_channel,
+        },
+    ];
+    harness::run("duplex", &groups, &roles)
+}

@@ -1,0 +1,165 @@
+//! From killing a process to who waits for it knowing.
+//!
+//! The process that is killed is a child that holds 64 MiB, as a server with a large
+//! payload does. The clock starts before the signal is sent and stops in the thread
+//! that waited.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, bail, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use uffd_sync::client::{
+    ChannelError, ClientOptions, DuplexClient, InPlaceDuplexServer, ServerOptions,
+};
+use uffd_sync::duplex::{BufferConfig, OpenLimits, Segment};
+use uffd_sync::shm::SharedMemory;
+use uffd_sync::sys::futex::{self, Lifeline, OWNER_DIED};
+use uffd_sync::sys::map::{Access, Mapping};
+use uffd_sync::sys::memfd;
+use uffd_sync::units::{MIB, PAGE_SIZE};
+
+use crate::harness::{
+    Channel, Child, Goal, Latencies, Options, Outcome, Placement, Rounds, median,
+};
+use crate::inplace::PATIENCE;
+
+pub(crate) const ROLE: &str = "robust";
+pub(crate) const ROLE_CHANNEL: &str = "killed-server";
+
+pub(crate) const CASES: &[&str] = &["killed/free"];
+
+/// Memory of the process that is killed.
+const BALLAST: u64 = 64 * MIB;
+
+/// Until the waiting thread sleeps in its wait.
+const ASLEEP: Duration = Duration::from_millis(30);
+
+/// Touched memory, so that its death takes as long as that of a real server.
+pub(crate) fn ballast() -> Vec<u8> {
+    let mut memory = vec![0; BALLAST as usize];
+    memory
+        .iter_mut()
+        .step_by(PAGE_SIZE as usize)
+        .for_each(|byte| *byte = 1);
+    std::hint::black_box(memory)
+}
+
+/// Holds a word until it is killed.
+pub(crate) fn serve(mut channel: Channel, _args: &[String]) -> anyhow::Result<()> {
+    let (_, mut fds) = channel.receive()?.context("no descriptor")?;
+    let page = fds.pop().context("one descriptor")?;
+    let mapping = Mapping::shared(page, PAGE_SIZE, Access::ReadWrite)?;
+    let _memory = ballast();
+    let _held = Lifeline::hold(Arc::new(mapping), 0)?;
+    channel.send("held", &[])?;
+    channel.receive()?;
+    Ok(())
+}
+
+/// Kills `pid` from another thread while `wait` waits for that; the nanoseconds from
+/// one to the other.
+pub(crate) fn kill_and_wait(
+    pid: Pid,
+    wait: impl FnOnce() -> anyhow::Result<()>,
+) -> anyhow::Result<f64> {
+    let killed = std::thread::scope(|scope| {
+        let killer = scope.spawn(move || {
+            std::thread::sleep(ASLEEP);
+            let started = Instant::now();
+            kill(pid, Signal::SIGKILL).map(|()| started)
+        });
+        wait()?;
+        let ended = Instant::now();
+        let started = killer
+            .join()
+            .map_err(|_| anyhow::anyhow!("the killing thread panicked"))??;
+        anyhow::Ok(ended - started)
+    })?;
+    Ok(killed.as_nanos() as f64)
+}
+
+/// A bare robust futex whose holder is killed.
+pub(crate) fn bare(placement: Placement) -> anyhow::Result<f64> {
+    let fd = memfd::create("bench-robust", PAGE_SIZE)?;
+    let mut child = Child::spawn(ROLE, placement.cores()[1], &[])?;
+    child.tell("take", &[fd.as_fd()])?;
+    child.hear()?;
+    let page = SharedMemory::new(Mapping::shared(&fd, PAGE_SIZE, Access::ReadWrite)?);
+    let word = page.atomic_u32(0);
+    kill_and_wait(child.pid(), || {
+        loop {
+            let now = word.load(Ordering::Acquire);
+            if now & OWNER_DIED != 0 {
+                return Ok(());
+            }
+            ensure!(futex::is_held(now), "the word was given back");
+            futex::wait(word, now, None)?;
+        }
+    })
+}
+
+/// Serves a channel whose only request is never answered, until it is killed.
+pub(crate) fn serve_channel(mut channel: Channel, _args: &[String]) -> anyhow::Result<()> {
+    let _memory = ballast();
+    let server = InPlaceDuplexServer::new(ServerOptions::default())?;
+    server.start(|_| {
+        loop {
+            std::thread::park();
+        }
+    })?;
+    let segment = Segment::create(&BufferConfig::new(PAGE_SIZE, MIB))?;
+    let _serving = server.serve_segment(&segment, false)?;
+    channel.send("open", &segment.fds())?;
+    channel.receive()?;
+    Ok(())
+}
+
+/// A call under way whose server is killed.
+fn call(placement: Placement) -> anyhow::Result<f64> {
+    let mut server = Child::spawn(ROLE_CHANNEL, placement.cores()[1], &[])?;
+    let (_, fds) = server.hear()?;
+    let segment = Segment::open(fds, OpenLimits::default())?;
+    let client = DuplexClient::over(segment, ClientOptions::default())?;
+    let sequence = client.send_request(b"never answered")?;
+    kill_and_wait(server.pid(), || {
+        match client.receive_for(sequence, PATIENCE) {
+            Err(ChannelError::PeerDied { .. }) => Ok(()),
+            other => bail!("the call ended as {other:?}"),
+        }
+    })
+}
+
+pub(crate) fn run(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    let mut latencies = [Latencies::new()?, Latencies::new()?];
+    // Every variant is a process that is made for the occasion.
+    let rounds = Rounds::run(options, 2, |variant, round| {
+        let mut times = Vec::new();
+        for _ in 0..options.pick(1, 5) {
+            let ns = match variant {
+                0 => call(Placement::Free)?,
+                _ => bare(Placement::Free)?,
+            };
+            if round > 0 {
+                latencies[variant].record(ns as u64);
+            }
+            times.push(ns);
+        }
+        Ok(median(&times))
+    })?;
+    let [calls, bares] = &latencies;
+    Ok(vec![
+        Outcome::times(
+            CASES[0],
+            "us",
+            rounds.of(0) / 1e3,
+            ("bare robust futex", rounds.of(1) / 1e3),
+        )
+        .goal(Goal::AtMost(1.5))
+        .latency("channel", calls)
+        .latency("bare", bares),
+    ])
+}

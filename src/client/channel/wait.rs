@@ -1,0 +1,273 @@
+//! Waiting for the other side: look, poll, sleep, and notice its death.
+
+use std::hint::spin_loop;
+use std::ops::ControlFlow;
+use std::sync::atomic::Ordering;
+use std::thread::yield_now;
+use std::time::{Duration, Instant};
+
+use crate::duplex::{Pause, Presence, Segment, Semaphore, Side, Spinner, Waiting, event};
+use crate::limits::CHANNEL_PROBE_MS;
+use crate::shm::high_half;
+use crate::sys::futex;
+use crate::sys::process::{current_cpu, monotonic_ns};
+
+/// Looks before anything else where polling paid the last time, some 2 us: the answer
+/// of a busy peer comes within them.
+const HOT_LOOKS: u32 = 256;
+/// Looks between two readings of the clock.
+const LOOKS: u32 = 32;
+
+/// Sleeps of this process that only their time-out ended although their word had
+/// changed: a wake-up that was lost.
+#[cfg(test)]
+pub(super) static STALLS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+
+/// A delay between the last look and the sleep, different each time.
+#[cfg(test)]
+fn delay_before_sleep() {
+    let spins = monotonic_ns().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 54;
+    for _ in 0..spins {
+        spin_loop();
+    }
+}
+
+/// A word that is found changed later than 0.1 ms after the time-out may have been
+/// changed after it, while this thread did not run.
+#[cfg(test)]
+fn count_stall(
+    slept: &Result<futex::Wake, crate::sys::SysError>,
+    half: &std::sync::atomic::AtomicU32,
+    sequence: u32,
+    until_ns: u64,
+) {
+    let changed = half.load(Ordering::Acquire) != sequence;
+    let timed_out = matches!(slept, Ok(futex::Wake::TimedOut));
+    if timed_out && changed && monotonic_ns() < until_ns + 100_000 {
+        STALLS.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+/// Why a wait ended without what was waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Ended {
+    /// The time is up.
+    TimedOut,
+    /// The other side died or left.
+    Gone,
+}
+
+/// One thread's way of waiting for the other side of a channel.
+#[derive(Debug)]
+pub(super) struct Waiter {
+    segment: Segment,
+    own: Side,
+    peer: Side,
+    spinner: Spinner,
+    /// Polling found something the last time.
+    is_hot: bool,
+    /// The CPU last published.
+    cpu: u32,
+    /// Whether the other side was ever seen alive: before that it has not come.
+    seen: bool,
+}
+
+impl Waiter {
+    pub(super) fn new(segment: &Segment, own: Side, waiting: Waiting) -> Waiter {
+        Waiter {
+            segment: segment.clone(),
+            own,
+            peer: match own {
+                Side::Client => Side::Server,
+                Side::Server => Side::Client,
+            },
+            spinner: Spinner::new(waiting),
+            is_hot: false,
+            cpu: u32::MAX,
+            seen: false,
+        }
+    }
+
+    pub(super) fn waiting(&self) -> Waiting {
+        self.spinner.waiting()
+    }
+
+    /// Waits until `ready` answers something; it is asked with `true` where a look
+    /// may cost more. `mask` has a bit for each wake-up that matters. `before_sleep`
+    /// runs before each sleep. The clock starts after the first microsecond.
+    #[inline]
+    pub(super) fn wait<T>(
+        &mut self,
+        semaphore: Semaphore,
+        mask: u32,
+        timeout: Option<Duration>,
+        mut ready: impl FnMut(bool) -> Option<T>,
+        before_sleep: impl FnMut(),
+    ) -> Result<T, Ended> {
+        if self.is_hot {
+            for look in 0..HOT_LOOKS {
+                if let Some(found) = ready(look % 8 == 7) {
+                    return Ok(found);
+                }
+                // Without it the poll takes the line back from who is about to write it.
+                spin_loop();
+            }
+        } else if let Some(found) = ready(true) {
+            return Ok(found);
+        }
+        self.wait_longer(semaphore, mask, timeout, ready, before_sleep)
+    }
+
+    fn wait_longer<T>(
+        &mut self,
+        semaphore: Semaphore,
+        mask: u32,
+        timeout: Option<Duration>,
+        mut ready: impl FnMut(bool) -> Option<T>,
+        before_sleep: impl FnMut(),
+    ) -> Result<T, Ended> {
+        let cpu = self.publish_cpu();
+        let peer_cpu = self.segment.cpu(self.peer);
+        self.is_hot = false;
+        let polled = match self.spinner.pause(cpu, peer_cpu) {
+            Pause::Sleep => None,
+            Pause::Yield(times) => self.yield_to_peer(times, &mut ready),
+            Pause::PollFor(longest_ns) => self.poll(longest_ns, timeout, &mut ready)?,
+        };
+        match polled {
+            Some(found) => Ok(found),
+            None => self.sleep(semaphore, mask, timeout, ready, before_sleep),
+        }
+    }
+
+    fn publish_cpu(&mut self) -> u32 {
+        let cpu = current_cpu();
+        if cpu != self.cpu {
+            self.cpu = cpu;
+            self.segment.publish_cpu(self.own, cpu);
+        }
+        cpu
+    }
+
+    fn yield_to_peer<T>(
+        &mut self,
+        times: u32,
+        ready: &mut impl FnMut(bool) -> Option<T>,
+    ) -> Option<T> {
+        for _ in 0..times {
+            yield_now();
+            if let Some(found) = ready(true) {
+                return Some(found);
+            }
+        }
+        None
+    }
+
+    /// Polls for a while. `None` = sleep.
+    fn poll<T>(
+        &mut self,
+        longest_ns: u64,
+        timeout: Option<Duration>,
+        ready: &mut impl FnMut(bool) -> Option<T>,
+    ) -> Result<Option<T>, Ended> {
+        let begun = monotonic_ns();
+        let given = timeout.map_or(u64::MAX, nanoseconds);
+        loop {
+            for look in 0..LOOKS {
+                if let Some(found) = ready(look % 8 == 7) {
+                    self.spinner.succeeded();
+                    self.is_hot = true;
+                    return Ok(Some(found));
+                }
+                spin_loop();
+            }
+            let spent = monotonic_ns().saturating_sub(begun);
+            if spent >= given {
+                return Err(Ended::TimedOut);
+            }
+            if spent >= longest_ns {
+                self.spinner.failed();
+                return Ok(None);
+            }
+            let cpu = self.publish_cpu();
+            if self.waiting() == Waiting::Adaptive && self.segment.cpu(self.peer) == Some(cpu) {
+                return Ok(None);
+            }
+            if longest_ns == u64::MAX && self.is_gone() {
+                return ready(true).map(Some).ok_or(Ended::Gone);
+            }
+        }
+    }
+
+    /// Sleeps until the semaphore is posted, again and again.
+    fn sleep<T>(
+        &mut self,
+        semaphore: Semaphore,
+        mask: u32,
+        timeout: Option<Duration>,
+        mut ready: impl FnMut(bool) -> Option<T>,
+        mut before_sleep: impl FnMut(),
+    ) -> Result<T, Ended> {
+        let segment = self.segment.clone();
+        let word = segment.semaphore(semaphore);
+        let half = high_half(word);
+        let mut until = None;
+        let mut probing = false;
+        let mut ended = Ended::TimedOut;
+        let found = event::wait(
+            word,
+            || ready(true),
+            |sequence| {
+                let now = monotonic_ns();
+                let until = *until.get_or_insert_with(|| {
+                    now.saturating_add(timeout.map_or(u64::MAX, nanoseconds))
+                });
+                if now >= until {
+                    return ControlFlow::Break(());
+                }
+                let alive = segment.lifeline_word(self.peer);
+                // SYNC(lifeline): what the peer did before it left is seen by `ready`.
+                let value = alive.load(Ordering::Acquire);
+                if self.is_gone() {
+                    // The kernel woke one sleeper; each wakes the next.
+                    let _ = futex::wake(alive, u32::MAX);
+                    ended = Ended::Gone;
+                    return ControlFlow::Break(());
+                }
+                before_sleep();
+                if !probing {
+                    let soon = now + 1_000_000 * CHANNEL_PROBE_MS;
+                    #[cfg(test)]
+                    delay_before_sleep();
+                    let slept = futex::wait_masked(half, sequence, mask, until.min(soon));
+                    #[cfg(test)]
+                    count_stall(&slept, half, sequence, soon);
+                    probing = matches!(slept, Ok(futex::Wake::TimedOut) | Err(_));
+                    return ControlFlow::Continue(());
+                }
+                let deadline = Instant::now().checked_add(Duration::from_nanos(until - now));
+                match futex::wait_any(&[(half, sequence), (alive, value)], deadline) {
+                    Ok(_) => ControlFlow::Continue(()),
+                    Err(_) => ControlFlow::Break(()),
+                }
+            },
+        );
+        found.ok_or(ended)
+    }
+
+    /// Whether the other side died, or left.
+    pub(super) fn is_gone(&mut self) -> bool {
+        match self.segment.presence(self.peer) {
+            Presence::Alive => {
+                self.seen = true;
+                false
+            }
+            Presence::Died => true,
+            Presence::Absent => self.seen || self.segment.is_stopped(self.peer),
+        }
+    }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

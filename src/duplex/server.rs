@@ -1,0 +1,484 @@
+//! The server's side of a channel: it takes requests in sequence and answers them
+//! in any order.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::bytes::{FrameBytes, Place};
+use super::completion;
+use super::failpoint::Failpoint;
+use super::layout::{INLINE_BYTES, LINES_AHEAD, client_counter, line, server_counter, slot};
+use super::segment::Segment;
+use super::space::UNIT;
+use super::state::{self, Side, State};
+use super::waiting::Semaphore;
+use super::{ErrorCode, Sequence, event};
+use crate::limits::{MAX_CHANNEL_ERROR_BYTES, MAX_DEFERRED_POSTS};
+use crate::shm::{Lines, PeerTrust, TrustedBytes, high_half};
+use crate::sys::futex;
+use crate::units::checked_range;
+
+/// The OIEBs are brought up to date once in so many requests, less 1.
+const MIRROR_MASK: u64 = 1023;
+
+/// A request that one worker has taken. It has to be answered once:
+/// [`ServerCore::respond`] or [`ServerCore::fail`].
+#[derive(Debug)]
+#[must_use = "a request that is not answered keeps its client waiting"]
+pub struct Claim {
+    sequence: Sequence,
+    slot: usize,
+    place: Place,
+    len: u32,
+    capacity: u32,
+    one_way: bool,
+    cancelled: bool,
+    malformed: bool,
+}
+
+impl Claim {
+    /// Its number.
+    pub fn sequence(&self) -> Sequence {
+        self.sequence
+    }
+
+    /// Bytes of the request.
+    pub fn len(&self) -> usize {
+        self.len as usize
+    }
+
+    /// Whether it has none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Bytes that the response may have.
+    pub fn capacity(&self) -> usize {
+        self.capacity as usize
+    }
+
+    /// Whether nobody waits for a response.
+    pub fn is_one_way(&self) -> bool {
+        self.one_way
+    }
+
+    /// Whether the client no longer wants it: answer by [`ServerCore::skip`].
+    pub fn is_cancelled(&self) -> bool {
+        self.cancelled
+    }
+
+    /// Whether its header is impossible: answer by [`ServerCore::fail`].
+    pub fn is_malformed(&self) -> bool {
+        self.malformed
+    }
+}
+
+/// What a worker still has to tell the client: answers stored since it last rang,
+/// and counts since it last added them up. One per worker.
+#[derive(Debug, Default)]
+pub struct Posts {
+    /// Slots answered, modulo 32, as a wake-up mask.
+    mask: u32,
+    answers: u32,
+    one_way: u32,
+    read: u64,
+    written_bytes: u64,
+    failed: u64,
+}
+
+impl Posts {
+    /// Nothing to tell.
+    pub fn new() -> Posts {
+        Posts::default()
+    }
+
+    /// Whether anything waits to be told.
+    pub fn is_empty(&self) -> bool {
+        self.answers + self.one_way == 0
+    }
+}
+
+/// The server's side. One per channel; its workers share it.
+#[derive(Debug)]
+pub struct ServerCore {
+    segment: Segment,
+    lines: Lines,
+    slots: Lines,
+    mask: u64,
+    places: u64,
+    failpoints: bool,
+    /// One worker: it says what it serves in `serving`, and nobody else counts.
+    alone: bool,
+    /// Sequence of the next request.
+    cursor: Own,
+    /// Next ticket of the completion ring.
+    ticket: Own,
+}
+
+/// A word of this process on a line of its own.
+#[repr(align(128))]
+#[derive(Debug)]
+struct Own(AtomicU64);
+
+impl ServerCore {
+    /// The server's side of new memory, for so many workers.
+    pub fn new(segment: &Segment, workers: usize) -> ServerCore {
+        ServerCore::begin(segment, workers, 1)
+    }
+
+    /// The server's side of memory whose former server is dead and whose client has
+    /// ended all that was in flight ([`super::ClientCore::server_died`]) and sends
+    /// nothing until this returns. Raises the generation.
+    pub fn take_over(segment: &Segment, workers: usize) -> ServerCore {
+        segment.raise_generation();
+        let counters = &segment.lines().line(line::CLIENT_COUNTERS).0;
+        let next = counters[client_counter::NEXT].load(Ordering::Acquire);
+        let written = counters[client_counter::WRITTEN_COUNT].load(Ordering::Acquire);
+        let counters = &segment.lines().line(line::SERVER_COUNTERS).0;
+        counters[server_counter::READ_COUNT].store(written, Ordering::Relaxed);
+        // A sequence has 56 bits in the state word.
+        ServerCore::begin(segment, workers, next & (u64::MAX >> 8))
+    }
+
+    fn begin(segment: &Segment, workers: usize, first: Sequence) -> ServerCore {
+        let slots = segment.geometry().slots;
+        let places = completion::places(slots);
+        for place in 0..places as usize {
+            segment.ring().word(place).store(0, Ordering::Relaxed);
+        }
+        let counters = &segment.lines().line(line::SERVER_COUNTERS).0;
+        counters[server_counter::SERVING].store(0, Ordering::Relaxed);
+        segment.join(Side::Server);
+        ServerCore {
+            segment: segment.clone(),
+            lines: segment.lines().clone(),
+            slots: segment.slots().clone(),
+            mask: u64::from(slots) - 1,
+            places: u64::from(places),
+            failpoints: segment.has_failpoints(),
+            alone: workers <= 1,
+            cursor: Own(AtomicU64::new(first)),
+            ticket: Own(AtomicU64::new(1)),
+        }
+    }
+
+    /// The memory.
+    pub fn segment(&self) -> &Segment {
+        &self.segment
+    }
+
+    /// Whether a request is there to be taken.
+    #[inline]
+    pub fn has_request(&self) -> bool {
+        self.awaited(self.cursor.0.load(Ordering::Relaxed))
+            .is_some()
+    }
+
+    /// The request that follows where `cursor` would be the next, if it is there:
+    /// that one, or the first of the next lap (a client with nothing in flight goes
+    /// back to slot 0).
+    #[inline]
+    fn awaited(&self, cursor: Sequence) -> Option<Sequence> {
+        let is_there = |sequence: Sequence| {
+            let slot_line = self.slots.line((sequence & self.mask) as usize);
+            state::is_request(&slot_line.0[slot::STATE], sequence)
+        };
+        if is_there(cursor) {
+            return Some(cursor);
+        }
+        let lap = state::next_lap(cursor, self.mask);
+        if !is_there(lap) {
+            return None;
+        }
+        // A client that did not go back hands the former over before the latter, so
+        // it is seen now if it was not there above.
+        Some(if is_there(cursor) { cursor } else { lap })
+    }
+
+    /// Takes the next request. A core that was made for one worker is to be asked by
+    /// one thread at a time.
+    #[inline]
+    pub fn claim(&self, posts: &mut Posts) -> Option<Claim> {
+        let order = Ordering::Relaxed;
+        let mut cursor = self.cursor.0.load(order);
+        loop {
+            let found = self.awaited(cursor);
+            if self.alone {
+                let sequence = found?;
+                self.cursor.0.store(sequence + 1, order);
+                return Some(self.taken(sequence, posts));
+            }
+            let now = match found {
+                Some(sequence) => {
+                    let next = sequence + 1;
+                    match self.cursor.0.compare_exchange(cursor, next, order, order) {
+                        Ok(_) => return Some(self.taken(sequence, posts)),
+                        Err(now) => now,
+                    }
+                }
+                None => self.cursor.0.load(order),
+            };
+            if now == cursor {
+                return None;
+            }
+            cursor = now;
+        }
+    }
+
+    /// Copies the header out and checks it.
+    #[inline]
+    fn taken(&self, sequence: Sequence, posts: &mut Posts) -> Claim {
+        let index = (sequence & self.mask) as usize;
+        if posts.answers > 0 {
+            // In the middle of many: those that follow are on their way meanwhile.
+            let ahead = (sequence + LINES_AHEAD) & self.mask;
+            self.slots.line(ahead as usize).prefetch();
+        }
+        let words = &self.slots.line(index).0;
+        let word = |at: usize| words[at].load(Ordering::Relaxed);
+        let (length, flags, offset) = (word(slot::LENGTH), word(slot::FLAGS), word(slot::OFFSET));
+        let (len, capacity) = (length as u32, (length >> 32) as u32);
+        let in_slot = flags as u32 & slot::IN_SLOT != 0;
+        let fits = if in_slot {
+            capacity as usize <= INLINE_BYTES
+        } else {
+            let size = self.segment.geometry().payload_size;
+            offset.is_multiple_of(UNIT) && checked_range(offset, u64::from(capacity), size).is_ok()
+        };
+        let malformed = !fits || len > capacity;
+        posts.read += 1;
+        self.pass(Failpoint::ServerBusy);
+        Claim {
+            sequence,
+            slot: index,
+            place: if in_slot || malformed {
+                Place::Slot(index)
+            } else {
+                Place::Payload(offset)
+            },
+            len: if malformed { 0 } else { len },
+            capacity: if malformed { 0 } else { capacity },
+            one_way: flags as u32 & slot::ONE_WAY != 0,
+            cancelled: word(slot::CANCEL) as u32 != 0,
+            malformed,
+        }
+    }
+
+    /// The handler is about to run: from here on the frame's bytes may change.
+    #[inline]
+    pub fn begin_handler(&self, claim: &Claim) {
+        if self.alone {
+            let counters = &self.lines.line(line::SERVER_COUNTERS).0;
+            counters[server_counter::SERVING].store(claim.sequence, Ordering::Relaxed);
+        }
+        let inline = matches!(claim.place, Place::Slot(_));
+        if !self.alone || !inline || self.failpoints {
+            let word = &self.slots.line(claim.slot).0[slot::STATE];
+            state::note(word, claim.sequence, State::ServerBusy);
+        }
+        // SYNC(serving): who sees the handler's stores sees the words above; pairs
+        // with the loads of a client whose server died.
+        std::sync::atomic::fence(Ordering::Release);
+        self.pass(Failpoint::ServerHandler);
+    }
+
+    /// The bytes of a request, `len` of them or up to the capacity.
+    #[inline]
+    pub fn bytes(&self, claim: &Claim, len: usize) -> FrameBytes<'_> {
+        FrameBytes {
+            slots: &self.slots,
+            payload: self.segment.payload(),
+            place: claim.place,
+            len: claim.capacity.min(u32::try_from(len).unwrap_or(u32::MAX)),
+        }
+    }
+
+    /// The bytes of a request, its whole capacity, as a slice; none if malformed.
+    pub fn trusted_bytes(&self, claim: &Claim, trust: PeerTrust) -> Option<TrustedBytes> {
+        let (memory, offset) = match claim.place {
+            Place::Slot(index) => {
+                let geometry = self.segment.geometry();
+                let at = geometry.table + 128 * index as u64 + 8 * slot::INLINE as u64;
+                (self.segment.control(), at)
+            }
+            Place::Payload(offset) => {
+                let (memory, start) = self.segment.payload().memory();
+                (memory, start + offset)
+            }
+        };
+        trust.bytes(memory, offset, u64::from(claim.capacity)).ok()
+    }
+
+    /// Answers with the first `len` bytes of the frame; a length beyond the capacity is
+    /// answered as [`ErrorCode::TOO_LONG`]. The client learns of it by [`ServerCore::post`].
+    #[inline]
+    pub fn respond(&self, claim: Claim, len: usize, posts: &mut Posts) {
+        if len > claim.capacity() {
+            self.fail(claim, ErrorCode::TOO_LONG, "", posts);
+            return;
+        }
+        let length = u64::from(claim.capacity) << 32 | len as u64;
+        if len != claim.len() {
+            let word = &self.slots.line(claim.slot).0[slot::LENGTH];
+            word.store(length, Ordering::Relaxed);
+        }
+        posts.written_bytes += len as u64;
+        self.finish(&claim, State::Response, posts);
+    }
+
+    /// Answers with an error, and as much of its text as the frame and
+    /// [`MAX_CHANNEL_ERROR_BYTES`] allow.
+    #[cold]
+    pub fn fail(&self, claim: Claim, code: ErrorCode, text: &str, posts: &mut Posts) {
+        let room = claim.capacity().min(MAX_CHANNEL_ERROR_BYTES as usize);
+        let end = (0..=room.min(text.len())).rev();
+        let end = end.into_iter().find(|at| text.is_char_boundary(*at));
+        let text = &text.as_bytes()[..end.unwrap_or(0)];
+        let len = text.len();
+        if self.bytes(&claim, len).write(0, text).is_ok() {
+            let words = &self.slots.line(claim.slot).0;
+            let length = u64::from(claim.capacity) << 32 | len as u64;
+            words[slot::LENGTH].store(length, Ordering::Relaxed);
+            words[slot::FLAGS].store(u64::from(code.0) << 32, Ordering::Relaxed);
+        }
+        posts.failed += 1;
+        self.finish(&claim, State::Failed, posts);
+    }
+
+    /// Gives a cancelled request back; the handler was not run.
+    #[cold]
+    pub fn skip(&self, claim: Claim, posts: &mut Posts) {
+        self.pass(Failpoint::ServerCancelled);
+        self.finish(&claim, State::Cancelled, posts);
+    }
+
+    #[inline]
+    fn finish(&self, claim: &Claim, state: State, posts: &mut Posts) {
+        self.pass(Failpoint::ServerResponse);
+        let word = &self.slots.line(claim.slot).0[slot::STATE];
+        if claim.one_way {
+            state::hand_over(word, claim.sequence, State::Released);
+            posts.one_way += 1;
+        } else {
+            let ticket = self.draw();
+            let place = self
+                .segment
+                .ring()
+                .word((ticket & (self.places - 1)) as usize);
+            completion::push(place, ticket, claim.sequence, claim.slot as u16);
+            self.pass(Failpoint::ServerCompletion);
+            state::hand_over(word, claim.sequence, state);
+            posts.answers += 1;
+            posts.mask |= 1 << (claim.slot % 32);
+        }
+        if self.alone {
+            let counters = &self.lines.line(line::SERVER_COUNTERS).0;
+            counters[server_counter::SERVING].store(0, Ordering::Relaxed);
+        }
+        self.pass(Failpoint::ServerPost);
+    }
+
+    #[inline]
+    fn draw(&self) -> u64 {
+        let ticket = &self.ticket.0;
+        if self.alone {
+            let drawn = ticket.load(Ordering::Relaxed);
+            ticket.store(drawn + 1, Ordering::Relaxed);
+            drawn
+        } else {
+            ticket.fetch_add(1, Ordering::Relaxed)
+        }
+    }
+
+    /// Whether the client has to be rung now rather than after the next answer: no
+    /// further request is there, enough answers wait, or somebody is seen asleep.
+    #[inline]
+    pub fn is_post_due(&self, posts: &Posts) -> bool {
+        let waiting = u64::from(posts.answers + posts.one_way);
+        waiting > 0
+            && (waiting >= MAX_DEFERRED_POSTS
+                || event::has_waiters(&self.lines.line(line::RESPONSE_READY).0[0])
+                || event::has_waiters(&self.lines.line(line::SPACE_AVAILABLE).0[0])
+                || !self.has_request())
+    }
+
+    /// Rings sleeping workers of this process, so that they look around.
+    pub fn ring_workers(&self) {
+        self.segment.ring_all(Semaphore::RequestReady);
+    }
+
+    /// Rings the client for all answers since the last time. True if it had to be woken.
+    #[inline]
+    pub fn post(&self, posts: &mut Posts) -> bool {
+        if self.add_up(posts) {
+            self.mirror();
+        }
+        let mut woke = false;
+        if std::mem::take(&mut posts.answers) > 0 {
+            let word = &self.lines.line(line::RESPONSE_READY).0[0];
+            if event::post(word) {
+                woke = true;
+                // Refused only for an empty mask, and this has a bit per answer.
+                let _ = futex::wake_masked(high_half(word), u32::MAX, posts.mask);
+            }
+            posts.mask = 0;
+            // SYNC(room): an answer to a request that was cancelled late is room too. Who
+            // waits for room changes the word posted above after it has announced itself.
+            if event::has_waiters(&self.lines.line(line::SPACE_AVAILABLE).0[0]) {
+                self.segment.ring_all(Semaphore::SpaceAvailable);
+            }
+        }
+        if std::mem::take(&mut posts.one_way) > 0 {
+            let word = &self.lines.line(line::SPACE_AVAILABLE).0[0];
+            if event::post(word) {
+                woke = true;
+                let _ = futex::wake(high_half(word), u32::MAX);
+            }
+        }
+        woke
+    }
+
+    /// Adds a worker's counts to the control block. True once in a while.
+    #[inline]
+    fn add_up(&self, posts: &mut Posts) -> bool {
+        let words = &self.lines.line(line::SERVER_COUNTERS).0;
+        let add = |word: usize, count: u64| {
+            let word = &words[word];
+            if self.alone {
+                let sum = word.load(Ordering::Relaxed).wrapping_add(count);
+                word.store(sum, Ordering::Relaxed);
+                sum
+            } else {
+                word.fetch_add(count, Ordering::Relaxed).wrapping_add(count)
+            }
+        };
+        let sum = add(server_counter::READ_COUNT, posts.read);
+        add(server_counter::WRITTEN_COUNT, u64::from(posts.answers));
+        add(server_counter::WRITTEN_BYTES, posts.written_bytes);
+        if posts.failed > 0 {
+            add(server_counter::FAILED, posts.failed);
+        }
+        let mirror = sum & MIRROR_MASK < posts.read;
+        (posts.read, posts.written_bytes, posts.failed) = (0, 0, 0);
+        mirror
+    }
+
+    /// Copies the counters into the OIEBs.
+    pub fn mirror(&self) {
+        self.segment.mirror(Side::Server);
+    }
+
+    /// Answers written that the client has not read, by its own account.
+    pub fn unread(&self) -> u64 {
+        let load =
+            |index: usize, word: usize| self.lines.line(index).0[word].load(Ordering::Acquire);
+        load(line::SERVER_COUNTERS, server_counter::WRITTEN_COUNT)
+            .saturating_sub(load(line::CLIENT_COUNTERS, client_counter::READ_COUNT))
+    }
+
+    #[inline]
+    fn pass(&self, place: Failpoint) {
+        if self.failpoints {
+            self.segment.stop_at(place);
+        }
+    }
+}
