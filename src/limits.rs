@@ -124,6 +124,14 @@ limits! {
     MAX_CONTROL_PAYLOAD = MIB, Bytes;
     /// Descriptors in one message on the control socket.
     MAX_CONTROL_FDS = 8, Count;
+    /// Clients of one channel server; each costs its memory, a connection and a thread.
+    MAX_CHANNEL_CLIENTS = 256, Count;
+    /// Connections to a channel server that have not said what they want; more wait to be accepted.
+    MAX_CHANNEL_HALF_OPEN = 16, Count;
+    /// Descriptors of one channel's memory: the channel's own, and the payload's where that is a view.
+    MAX_CHANNEL_FDS = 2, Count;
+    /// Longest status of a channel server; some 800 bytes for each of its clients.
+    MAX_CHANNEL_STATUS = 256 * KIB, Bytes;
     /// Commands from other threads waiting for the engine.
     MAX_COMMANDS = 256, Count;
     /// Marks in the ring of a control memfd; beyond it they degrade to whole pages.
@@ -194,6 +202,26 @@ limits! {
     DRAIN_DEADLINE_MS = 3_000, Millis;
     /// Time for which a source remembers a replica that went away, so that it can resume.
     RESUME_WINDOW_MS = 300_000, Millis;
+    /// Slots of a channel: requests in flight at the same time; two completions of each fit in 16-bit tickets.
+    MAX_CHANNEL_SLOTS = 1_024, Count;
+    /// Least slots of a channel; its completion ring is then one line.
+    MIN_CHANNEL_SLOTS = 8, Count;
+    /// Slots of a channel that asks for no number.
+    DEFAULT_CHANNEL_SLOTS = 64, Count;
+    /// Payload of a channel; lengths of frames are 32 bits.
+    MAX_CHANNEL_PAYLOAD = 2 * GIB, Bytes;
+    /// Metadata of one side of a channel, its length word included.
+    MAX_CHANNEL_METADATA = MIB, Bytes;
+    /// Longest text of a handler's error that reaches the client.
+    MAX_CHANNEL_ERROR_BYTES = 256, Bytes;
+    /// Worker threads of one channel.
+    MAX_CHANNEL_WORKERS = 64, Count;
+    /// Time that a channel's side polls before it sleeps; longer stretches cost more than a wake-up.
+    CHANNEL_SPIN_US = 30, Micros;
+    /// Time after which a sleeping side of a channel also watches its peer's liveness word.
+    CHANNEL_PROBE_MS = 10, Millis;
+    /// Answers of a channel's worker that may wait for their wake-up while further requests are there.
+    MAX_DEFERRED_POSTS = 32, Count;
     /// Longest name of a two-buffer channel's buffer: with `sem.sem-w-` in front of it a file name of 255 bytes.
     ZEROBUFFER_NAME_BYTES = 245, Bytes;
     /// Largest buffer of a two-buffer channel; as for regions.
@@ -216,26 +244,6 @@ limits! {
     ZEROBUFFER_RESUME_STEPS = 16 * MIB, Count;
     /// Pause between two looks for a buffer that its reader has not made yet.
     ZEROBUFFER_ATTACH_POLL_MS = 2, Millis;
-    /// Slots of a channel: requests in flight at the same time; two completions of each fit in 16-bit tickets.
-    MAX_CHANNEL_SLOTS = 1_024, Count;
-    /// Least slots of a channel; its completion ring is then one line.
-    MIN_CHANNEL_SLOTS = 8, Count;
-    /// Slots of a channel that asks for no number.
-    DEFAULT_CHANNEL_SLOTS = 64, Count;
-    /// Payload of a channel; lengths of frames are 32 bits.
-    MAX_CHANNEL_PAYLOAD = 2 * GIB, Bytes;
-    /// Metadata of one side of a channel, its length word included.
-    MAX_CHANNEL_METADATA = MIB, Bytes;
-    /// Longest text of a handler's error that reaches the client.
-    MAX_CHANNEL_ERROR_BYTES = 256, Bytes;
-    /// Worker threads of one channel.
-    MAX_CHANNEL_WORKERS = 64, Count;
-    /// Time that a channel's side polls before it sleeps; longer stretches cost more than a wake-up.
-    CHANNEL_SPIN_US = 30, Micros;
-    /// Time after which a sleeping side of a channel also watches its peer's liveness word.
-    CHANNEL_PROBE_MS = 10, Millis;
-    /// Answers of a channel's worker that may wait for their wake-up while further requests are there.
-    MAX_DEFERRED_POSTS = 32, Count;
 }
 
 const _: () = {

@@ -119,7 +119,13 @@ impl Pair {
         let (_, fds) = server.hear()?;
         let segment = Segment::open(fds, OpenLimits::default())?;
         let pair = Self {
-            client: DuplexClient::over(segment, ClientOptions { waiting })?,
+            client: DuplexClient::over(
+                segment,
+                ClientOptions {
+                    waiting,
+                    ..ClientOptions::default()
+                },
+            )?,
             server,
             spins: waiting == Waiting::Spin,
         };

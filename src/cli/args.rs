@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
+use super::channel::args::{ChannelCommand, EXAMPLES as CHANNEL_EXAMPLES};
 use crate::units::ByteSize;
 use crate::wire::follow::FollowSpec;
 use crate::words::{Mode, RegionName};
@@ -80,6 +81,9 @@ pub enum Command {
     /// Makes, reads, writes, watches and removes regions of a running node
     #[command(subcommand, after_help = REGION_EXAMPLES)]
     Region(RegionCommand),
+    /// Serves, calls and measures channels between two processes of this host
+    #[command(subcommand, after_help = CHANNEL_EXAMPLES)]
+    Channel(ChannelCommand),
     /// Shows a running node: regions, replicas, epochs, rates, memory
     Status(Report),
     /// Mirrors a region between two nodes on this host for some seconds and shows what it cost

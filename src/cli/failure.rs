@@ -12,6 +12,7 @@ use std::io::{self, Write};
 use std::process::ExitCode;
 
 use crate::client::ClientError;
+use crate::client::channel::ChannelError;
 use crate::node::ConfigError;
 use crate::sys::SysError;
 use crate::units::OutOfRange;
@@ -82,7 +83,10 @@ fn code(error: &anyhow::Error) -> u8 {
             || cause.is::<ConfigError>()
             || cause
                 .downcast_ref::<ClientError>()
-                .is_some_and(is_bad_request);
+                .is_some_and(is_bad_request)
+            || cause
+                .downcast_ref::<ChannelError>()
+                .is_some_and(is_bad_call);
         if bad_input {
             return BAD_INPUT;
         }
@@ -91,6 +95,16 @@ fn code(error: &anyhow::Error) -> u8 {
         return MISSING_FEATURE;
     }
     FAILED
+}
+
+fn is_bad_call(error: &ChannelError) -> bool {
+    match error {
+        ChannelError::TooLarge { .. }
+        | ChannelError::Clients { .. }
+        | ChannelError::Workers { .. } => true,
+        ChannelError::Handler { code, .. } => super::channel::is_bad_request(*code),
+        _ => false,
+    }
 }
 
 fn is_bad_request(error: &ClientError) -> bool {

@@ -5,6 +5,7 @@
 //! to standard output, everything else to standard error.
 
 pub mod args;
+pub mod channel;
 mod demo;
 mod failure;
 mod output;
@@ -46,6 +47,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
     match cli.command {
         Command::Serve(args) => serve::run(args, node.0),
         Command::Region(command) => region::run(command, &node),
+        Command::Channel(command) => channel::run(command),
         Command::Status(report) => status::run(report, &node),
         Command::Demo(args) => demo::run(args),
         Command::Doctor(report) => reports::doctor(report),

@@ -59,10 +59,10 @@ fn make_default_folder(socket: &Path) -> anyhow::Result<()> {
     }
 }
 
-type LogHandle = reload::Handle<EnvFilter, Registry>;
+pub(super) type LogHandle = reload::Handle<EnvFilter, Registry>;
 
 /// Logs to standard error, colours only where that is a terminal.
-fn start_log(filter: &str) -> anyhow::Result<LogHandle> {
+pub(super) fn start_log(filter: &str) -> anyhow::Result<LogHandle> {
     let filter = EnvFilter::try_new(filter).context("reading the log filter")?;
     let (filter, handle) = reload::Layer::new(filter);
     let colours = io::IsTerminal::is_terminal(&io::stderr());
@@ -94,7 +94,7 @@ fn tell_ready(config: &NodeConfig, listen: Option<std::net::SocketAddr>) {
 }
 
 /// Tells the service manager, where there is one.
-fn tell_manager(state: sd_notify::NotifyState<'_>) {
+pub(super) fn tell_manager(state: sd_notify::NotifyState<'_>) {
     if let Err(error) = sd_notify::notify(&[state]) {
         tracing::warn!(%error, "the service manager cannot be told");
     }

@@ -26,8 +26,9 @@ mod writer;
 use std::path::PathBuf;
 
 pub use channel::{
-    ChannelError, ChannelHandle, ClientOptions, DuplexClient, Frame, HandlerError, HandlerFailure,
-    InPlaceDuplexServer, Request, Response, ServerOptions, SharedDuplexClient, SharedResponse,
+    ChannelError, ChannelHandle, ClientOptions, DuplexChannelFactory, DuplexClient, Frame,
+    HandlerError, HandlerFailure, InPlaceDuplexServer, NamedServer, Request, Response,
+    ServerOptions, SharedDuplexClient, SharedResponse,
 };
 pub use connection::Node;
 pub use reader::Reader;

@@ -51,6 +51,8 @@ pub struct ClientCore {
     outstanding: u32,
     /// One-way or unwanted: what may give itself back.
     loose: u32,
+    /// Finished and not released.
+    held: u32,
     /// Completions learned of.
     completed: u64,
     /// Next ticket of the completion ring.
@@ -99,6 +101,7 @@ impl ClientCore {
             unposted: 0,
             outstanding: 0,
             loose: 0,
+            held: 0,
             completed: 0,
             ticket: 1,
             written_count: 0,
@@ -382,6 +385,7 @@ impl ClientCore {
         };
         record.len = if poll == Poll::Broken { 0 } else { len };
         record.phase = Phase::Done(poll);
+        self.held += 1;
         self.broken |= poll == Poll::Broken;
         self.read_count += 1;
         self.learned();
@@ -471,6 +475,9 @@ impl ClientCore {
         if record.phase != Phase::Done(Poll::Response) {
             record.header = [UNKNOWN; 4];
         }
+        if matches!(record.phase, Phase::Done(_)) {
+            self.held -= 1;
+        }
         record.phase = Phase::Free;
         if self.failpoints {
             let word = &self.slots.line(index).0[slot::STATE];
@@ -552,6 +559,7 @@ impl ClientCore {
                 Phase::InFlight => {
                     lost.push((record.sequence, busy || serving == record.sequence));
                     self.records[index].phase = Phase::Done(Poll::Cancelled);
+                    self.held += 1;
                     self.records[index].len = 0;
                     let word = &self.slots.line(index).0[slot::STATE];
                     state::note(word, record.sequence, State::Poisoned);
@@ -602,7 +610,7 @@ impl ClientCore {
         if self.stopped() {
             return Err(AcquireError::Stopped);
         }
-        if self.outstanding + self.loose == 0 && self.granted == 0 {
+        if self.outstanding + self.loose + self.held == 0 && self.granted == 0 {
             self.begin_lap();
         }
         let index = ((self.next + self.granted) & self.mask) as usize;
@@ -629,12 +637,12 @@ impl ClientCore {
         (stop(line::CLIENT) | stop(line::SERVER)) as u32 != 0
     }
 
-    /// With nothing in flight the next request takes slot 0, if that is free: one
+    /// With nothing in flight and nothing held the next request takes slot 0: one
     /// request at a time then always travels in the same cache lines, which the core
     /// that reads them takes over whole.
     #[inline]
     fn begin_lap(&mut self) {
-        if self.records[0].phase == Phase::Free && self.next > 1 {
+        if self.next > 1 {
             self.next = state::next_lap(self.next, self.mask);
             self.oldest = self.next;
         }

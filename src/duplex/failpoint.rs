@@ -55,7 +55,37 @@ impl Failpoint {
     ];
 }
 
+/// Armed instead of a place: both sides delay each sleep by a random time.
+const DELAYS: u32 = 0x100;
+/// Longest delay, in turns of an empty loop of some 40 ns each.
+const MAX_TURNS: u64 = 500;
+
 impl Segment {
+    /// Makes both sides pause for a random time between their last look and each sleep.
+    pub fn arm_delays(&self) {
+        let (armed, _) = self.failpoint_words();
+        armed.store(DELAYS, Ordering::Release);
+    }
+
+    /// The pause of [`Segment::arm_delays`]. `seed` is the caller's, not 0.
+    #[cold]
+    pub fn delay_if_armed(&self, seed: &mut u64) {
+        let (armed, _) = self.failpoint_words();
+        if armed.load(Ordering::Relaxed) != DELAYS {
+            return;
+        }
+        // Xorshift: Marsaglia, Xorshift RNGs, 2003.
+        *seed ^= *seed << 13;
+        *seed ^= *seed >> 7;
+        *seed ^= *seed << 17;
+        // One in four at once, so that both orders are common.
+        if *seed & 3 != 0 {
+            for _ in 0..(*seed >> 8) % MAX_TURNS {
+                std::hint::spin_loop();
+            }
+        }
+    }
+
     /// Makes whoever reaches `place` stop there; `None` lets them go on.
     pub fn arm_failpoint(&self, place: Option<Failpoint>) {
         let (armed, reached) = self.failpoint_words();

@@ -93,6 +93,8 @@ pub(super) mod presence {
     pub(in super::super) const STOP: u64 = 0x08;
     /// The word whose low half that is.
     pub(in super::super) const STOP_WORD: usize = 1;
+    /// Sleeps of this side that ended by time although they should have been woken.
+    pub(in super::super) const LATE: u64 = 0x10;
 }
 
 /// Lines of the control block that calls touch, as indices into it.

@@ -265,6 +265,11 @@ impl BufferConfig {
         BufferConfig { slots, ..self }
     }
 
+    /// Whether the payload lies in memory that exists: then for one channel only.
+    pub fn is_view(&self) -> bool {
+        self.view.is_some()
+    }
+
     /// The same with failpoints, for tests: slower, and either side can stop the other.
     #[must_use]
     pub fn failpoints(self) -> BufferConfig {

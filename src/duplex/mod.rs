@@ -47,6 +47,8 @@ mod oieb;
 #[cfg(not(loom))]
 mod record;
 #[cfg(not(loom))]
+pub mod rendezvous;
+#[cfg(not(loom))]
 mod request;
 #[cfg(not(loom))]
 mod segment;

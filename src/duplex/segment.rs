@@ -345,6 +345,40 @@ impl Segment {
         }
     }
 
+    /// Says that `side` died, for who knows it otherwise than by its word: its
+    /// connection has ended. Nothing changes where nobody holds the word.
+    pub fn mark_died(&self, side: Side) {
+        let word = self.lifeline_word(side);
+        let died = |found| futex::is_held(found).then_some(futex::OWNER_DIED | futex::WAITERS);
+        // SYNC(lifeline): in the place of the kernel; pairs with the loads of those who
+        // ask whether it is held.
+        let marked = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, died);
+        if marked.is_ok() {
+            // Refused only for an address that is not mapped.
+            let _ = futex::wake(word, u32::MAX);
+        }
+    }
+
+    /// Waits until `side` is not there any more; false if it still is at the deadline.
+    pub fn wait_until_gone(&self, side: Side, deadline: std::time::Instant) -> bool {
+        let word = self.lifeline_word(side);
+        loop {
+            // SYNC(lifeline): pairs with who gives the word back, or the kernel.
+            let found = word.load(Ordering::Acquire);
+            if !futex::is_held(found) {
+                // The kernel wakes one waiter; each wakes the next.
+                let _ = futex::wake(word, u32::MAX);
+                return true;
+            }
+            match futex::wait(word, found, Some(deadline)) {
+                Ok(futex::Wake::TimedOut) | Err(_) => {
+                    return !futex::is_held(word.load(Ordering::Acquire));
+                }
+                Ok(_) => {}
+            }
+        }
+    }
+
     /// Notes this process as `side` of the channel.
     pub fn join(&self, side: Side) {
         self.set_pid(side, u64::from(process_id().unsigned_abs()));
@@ -382,6 +416,18 @@ impl Segment {
         ] {
             self.ring_all(semaphore);
         }
+    }
+
+    /// Sleeps of `side` that ended by time although the word that it slept on had
+    /// changed: a lost wake-up, or a poster that was held up on its way to the kernel.
+    pub fn late_wakes(&self, side: Side) -> u32 {
+        self.late_word(side).load(Ordering::Relaxed)
+    }
+
+    /// Counts one; only `side` itself does.
+    #[cold]
+    pub fn note_late_wake(&self, side: Side) {
+        self.late_word(side).fetch_add(1, Ordering::Relaxed);
     }
 
     /// A look at the channel.
@@ -475,6 +521,11 @@ impl Segment {
 
     fn stop_word(&self, side: Side) -> &AtomicU32 {
         let at = self.presence_offset(side) + presence::STOP;
+        self.control().atomic_u32(at)
+    }
+
+    fn late_word(&self, side: Side) -> &AtomicU32 {
+        let at = self.presence_offset(side) + presence::LATE;
         self.control().atomic_u32(at)
     }
 

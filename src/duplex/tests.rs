@@ -485,3 +485,29 @@ proptest! {
         prop_assert_eq!(read, run.sent);
     }
 }
+
+#[test]
+fn a_held_response_does_not_block_those_behind_it() {
+    let (mut client, server) = sides(1 << 16);
+    let send = |client: &mut super::ClientCore| client.submit(b"x", Options::default());
+    let first = send(&mut client).expect("submit");
+    let held = send(&mut client).expect("submit");
+    client.kick();
+    serve(&server);
+    serve(&server);
+    for sequence in [first, held] {
+        assert_eq!(client.poll(sequence), Poll::Response);
+    }
+    assert!(client.release(first));
+    // Nothing is in flight, but slot 1 is in use: the next ones go on behind it.
+    for _ in 0..3 {
+        let sent: Vec<_> = (0..2).map(|_| send(&mut client).expect("room")).collect();
+        client.kick();
+        for sequence in sent {
+            serve(&server);
+            assert_eq!(client.poll(sequence), Poll::Response);
+            assert!(client.release(sequence));
+        }
+    }
+    assert!(client.release(held));
+}

@@ -230,6 +230,11 @@ impl Engine {
             }
             _ => tracked.lose(reason, self.now),
         }
+        if tracked.publish == Publish::Commit && kind != LossKind::WriterReplaced {
+            // The next commit compares everything: before it a transaction may be open.
+            tracked.due = None;
+            return;
+        }
         self.make_runnable(key);
     }
 }

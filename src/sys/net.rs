@@ -349,17 +349,72 @@ pub fn wait_readable(fds: &[BorrowedFd<'_>], timeout: Option<Duration>) -> Resul
     let mut polled: [PollFd<'_>; MAX_WAITED] =
         std::array::from_fn(|at| PollFd::new(*fds.get(at).unwrap_or(first), PollFlags::POLLIN));
     let polled = polled.get_mut(..fds.len()).ok_or_else(too_many)?;
+    poll_until(polled, timeout)
+}
+
+fn poll_until(polled: &mut [PollFd<'_>], timeout: Option<Duration>) -> Result<bool, SysError> {
     let timeout = match timeout {
         Some(time) => PollTimeout::try_from(time.as_millis().max(1)).unwrap_or(PollTimeout::MAX),
         None => PollTimeout::NONE,
     };
     loop {
-        match poll(&mut *polled, timeout) {
+        match poll(polled, timeout) {
             Ok(ready) => return Ok(ready > 0),
             Err(nix::errno::Errno::EINTR) => {}
             Err(error) => return Err(SysError::new("poll", error)),
         }
     }
+}
+
+/// A descriptor that [`poll_each`] looks at.
+#[derive(Debug)]
+pub struct Watched<'fd> {
+    /// Which one.
+    pub fd: BorrowedFd<'fd>,
+    /// Whether room to send counts too, besides something to read, an end or an error.
+    pub for_room: bool,
+    /// Answer: whether one of these is there.
+    pub ready: bool,
+}
+
+/// Waits until one of `watched` is ready and says of each whether it is; all are not
+/// after `timeout`.
+///
+/// # Errors
+/// What `poll(2)` refuses.
+pub fn poll_each(watched: &mut [Watched<'_>], timeout: Option<Duration>) -> Result<(), SysError> {
+    let mut polled: Vec<_> = watched
+        .iter()
+        .map(|one| {
+            let room = if one.for_room {
+                PollFlags::POLLOUT
+            } else {
+                PollFlags::empty()
+            };
+            PollFd::new(one.fd, PollFlags::POLLIN | room)
+        })
+        .collect();
+    poll_until(&mut polled, timeout)?;
+    for (one, polled) in watched.iter_mut().zip(&polled) {
+        one.ready = polled.any().unwrap_or(true);
+    }
+    Ok(())
+}
+
+/// Takes a connection that waits at a listener, closed on exec. Does not wait, if no
+/// other thread takes connections from the same listener.
+///
+/// # Errors
+/// Kind `WouldBlock` if there is none; `EMFILE` or `ENFILE` without a descriptor for it.
+pub fn try_accept(listener: impl AsFd) -> Result<OwnedFd, SysError> {
+    if !super::process::is_ready(listener.as_fd(), PollFlags::POLLIN)? {
+        return Err(SysError::os("accept", libc::EAGAIN));
+    }
+    let fd = listener.as_fd().as_raw_fd();
+    let accepted = nix::sys::socket::accept4(fd, SockFlag::SOCK_CLOEXEC)
+        .map_err(|e| SysError::new("accept", e))?;
+    // SAFETY: required: an open descriptor without an owner; the kernel just made it.
+    Ok(unsafe { OwnedFd::from_raw_fd(accepted) })
 }
 
 /// Sends `bytes` (at least one) with copies of `fds` (at most 32) attached to the
@@ -647,6 +702,37 @@ mod tests {
             > 0
         {}
         assert_eq!(errno(send_with_fds(&b, b"x", &[])), Some(libc::EPIPE));
+    }
+
+    #[test]
+    fn connections_are_taken_and_watched_each_for_itself() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("socket");
+        let listener = unix_listen(&path).expect("listen");
+        let none = try_accept(&listener).expect_err("nobody connected");
+        assert!(none.is_would_block());
+        let client = unix_connect(&path).expect("connect");
+        let server = try_accept(&listener).expect("the client");
+        let (bell, silent) = unix_pair().expect("pair");
+        let look = |for_room, timeout| {
+            let mut watched = [server.as_fd(), bell.as_fd()].map(|fd| Watched {
+                fd,
+                for_room,
+                ready: false,
+            });
+            poll_each(&mut watched, Some(timeout)).expect("poll");
+            watched.map(|one| one.ready)
+        };
+        assert_eq!(look(false, Duration::from_millis(1)), [false, false]);
+        assert_eq!(look(true, PATIENCE), [true, true]);
+        send_with_fds(&client, b"x", &[]).expect("send");
+        assert_eq!(look(false, PATIENCE), [true, false]);
+        drop(silent);
+        assert_eq!(
+            look(false, PATIENCE),
+            [true, true],
+            "an end is something to read"
+        );
     }
 
     #[test]

@@ -75,6 +75,10 @@ impl Audit {
     ) -> Result<Looked, TrackError> {
         let size = twin.size();
         let begun = self.at;
+        if self.data.start > begun {
+            // What was a hole may hold data by now, which captures have seen.
+            self.data = 0..0;
+        }
         let end = size.min(page_of(begun.saturating_add(upto)).max(page_of(begun) + 1) * PAGE_SIZE);
         let mut suspects = Vec::new();
         let mut left = AUDIT_STEP_PAGES;
@@ -268,6 +272,34 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn a_hole_that_was_filled_and_captured_meanwhile_is_no_finding() {
+        let Some(mut scene) = Scene::new(MIB) else {
+            return;
+        };
+        scene.capture(Capture::full());
+        let step = |scene: &mut Scene, upto| {
+            let Scene {
+                audit,
+                tracker,
+                source,
+                twin,
+                ..
+            } = scene;
+            audit.step(tracker, source, twin, upto).unwrap()
+        };
+        // The audit begins in what is one hole to the end.
+        assert_eq!(step(&mut scene, PAGE_SIZE).unseen, None);
+        scene.writer.write(0, &[7; MIB as usize]).unwrap();
+        scene.capture(Capture::dirty(&scene.tracker, Vec::new()));
+        let mut looked = step(&mut scene, u64::MAX);
+        while !looked.round {
+            assert_eq!(looked.unseen, None);
+            looked = step(&mut scene, u64::MAX);
+        }
+        assert_eq!(looked.unseen, None);
     }
 
     #[test]

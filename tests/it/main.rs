@@ -2,12 +2,20 @@
 //!
 //! One module per capability. [`nodes`] starts and kills nodes, [`writer`] runs this
 //! test binary again as a program that writes a region, [`proxy`] stands between two
-//! nodes, counts what passes and breaks it, [`pattern`] is the recorded change.
+//! nodes, counts what passes and breaks it, [`pattern`] is the recorded change,
+//! [`channels`] starts channel servers, [`channel_peer`] is either side of a channel.
 //!
 //! `UFFD_SYNC_LONG=1` runs the long forms.
 
 mod bad_input;
 mod bad_peers;
+mod channel_cli;
+mod channel_death;
+mod channel_hostile;
+mod channel_peer;
+mod channel_python;
+mod channel_trips;
+mod channels;
 mod chaos;
 mod cli;
 mod command;
@@ -46,5 +54,13 @@ fn forbidden_process() {
 fn writer_process() {
     if std::env::var_os(writer::ROLE).is_some() {
         writer::serve_orders();
+    }
+}
+
+/// Not a test of its own: with the variable set this process is one side of a channel.
+#[test]
+fn channel_process() {
+    if std::env::var_os(channel_peer::ROLE).is_some() {
+        channel_peer::serve_orders();
     }
 }

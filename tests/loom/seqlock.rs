@@ -5,9 +5,6 @@ use loom::sync::atomic::{AtomicU64, Ordering, fence};
 use loom::thread;
 use uffd_sync::shm::seqlock;
 
-#[path = "loom/count.rs"]
-mod count;
-
 /// Two words that the writer keeps equal to the epoch, under a seqlock.
 struct Shared {
     version: AtomicU64,

@@ -4,19 +4,35 @@ use std::cell::RefCell;
 use std::time::Duration;
 
 use super::keeper::Keeper;
+use super::link::Link;
+use super::rendezvous::deadline_in;
 use super::wait::{Ended, Waiter};
 use super::{ChannelError, SharedDuplexClient};
 use crate::duplex::{
-    ClientCore, FrameBytes, FramePlace, Grant, Options, Poll, Presence, Segment, Semaphore,
-    Sequence, Side, Waiting,
+    ClientCore, FrameBytes, FramePlace, Grant, OpenLimits, Options, Poll, Presence, Segment,
+    Semaphore, Sequence, Side, Waiting,
 };
 use crate::units::OutOfRange;
 
 /// How a client behaves.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug)]
 pub struct ClientOptions {
     /// How it waits for responses.
     pub waiting: Waiting,
+    /// How long a server may take to let it in. Default 5 s.
+    pub connect_timeout: Duration,
+    /// What memory it takes from a server.
+    pub limits: OpenLimits,
+}
+
+impl Default for ClientOptions {
+    fn default() -> ClientOptions {
+        ClientOptions {
+            waiting: Waiting::default(),
+            connect_timeout: Duration::from_secs(5),
+            limits: OpenLimits::default(),
+        }
+    }
 }
 
 /// A client of an in-place channel. It can move between threads; several threads at
@@ -50,7 +66,24 @@ impl DuplexClient {
     /// # Errors
     /// [`ChannelError::Thread`], [`ChannelError::Sys`] if its liveness cannot be shown.
     pub fn over(segment: Segment, options: ClientOptions) -> Result<DuplexClient, ChannelError> {
-        let keeper = Keeper::hold(&segment, Side::Client)?;
+        DuplexClient::with_link(segment, None, options)
+    }
+
+    /// The same with the connection over which the memory came.
+    pub(super) fn linked(
+        segment: Segment,
+        link: Link,
+        options: ClientOptions,
+    ) -> Result<DuplexClient, ChannelError> {
+        DuplexClient::with_link(segment, Some(link), options)
+    }
+
+    fn with_link(
+        segment: Segment,
+        link: Option<Link>,
+        options: ClientOptions,
+    ) -> Result<DuplexClient, ChannelError> {
+        let keeper = Keeper::hold(&segment, Side::Client, link)?;
         Ok(DuplexClient {
             core: RefCell::new(ClientCore::new(&segment)),
             waiter: RefCell::new(Waiter::new(&segment, Side::Client, options.waiting)),
@@ -295,6 +328,47 @@ impl DuplexClient {
     pub fn server_is_gone(&self) {
         let lost = self.core.borrow_mut().server_died();
         self.lost.borrow_mut().extend(lost);
+    }
+
+    /// Goes on with the next server of the channel's name, within `timeout`: ends all
+    /// that is in flight, as [`DuplexClient::server_is_gone`] does, waits until there is
+    /// such a server, and hands it this channel's memory. Requests then go on where they
+    /// stopped. If it fails it may be tried again.
+    ///
+    /// # Errors
+    /// [`ChannelError::TimedOut`] if the server is still there at the end of the time,
+    /// stopped (`SIGSTOP`) for example; [`ChannelError::Connect`] if no next one came
+    /// or it refused; [`ChannelError::Stopped`] if this side stopped the channel;
+    /// [`ChannelError::Disconnected`] if it was not made by name.
+    pub fn reconnect(&mut self, timeout: Duration) -> Result<(), ChannelError> {
+        let deadline = deadline_in(timeout);
+        if self.segment.is_stopped(Side::Client) {
+            return Err(ChannelError::Stopped);
+        }
+        let Some(keeper) = &mut self.keeper else {
+            return Err(ChannelError::Disconnected);
+        };
+        let mut link = keeper.take_link().ok_or(ChannelError::Disconnected)?;
+        link.hang_up();
+        let taken = match self.segment.wait_until_gone(Side::Server, deadline) {
+            true => {
+                self.server_is_gone();
+                let taken = link.take_over(&self.segment, deadline);
+                taken.map_err(ChannelError::from)
+            }
+            false => Err(ChannelError::TimedOut),
+        };
+        if let Err(error) = taken {
+            if let Some(keeper) = &mut self.keeper {
+                keeper.put_link(link);
+            }
+            return Err(error);
+        }
+        // The new one takes the word over before the old one is dropped.
+        self.keeper = Some(Keeper::hold(&self.segment, Side::Client, Some(link))?);
+        let waiting = self.waiter.borrow().waiting();
+        self.waiter = RefCell::new(Waiter::new(&self.segment, Side::Client, waiting));
+        Ok(())
     }
 
     /// The same channel for several threads.

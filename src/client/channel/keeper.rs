@@ -1,44 +1,57 @@
 //! A thread that holds a side's liveness word, so that the object it belongs to may
-//! move between threads.
+//! move between threads; a client's also watches the connection to the server.
+//!
+//! The connection's end is the second source of liveness: a server that never held its
+//! word, such as one without robust futexes, is marked dead by the keeper then.
 
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
 
 use super::ChannelError;
+use super::link::Link;
 use crate::duplex::{Segment, Side};
+use crate::sys::SysError;
 use crate::sys::futex::Lifeline;
+use crate::sys::net::wait_readable;
+use crate::sys::process::EventFd;
 
 /// Holds the word from creation to drop; the process's death ends it too.
 #[derive(Debug)]
 pub(super) struct Keeper {
-    /// Dropped to end the thread.
-    end: Option<SyncSender<()>>,
+    /// Rung to end the thread.
+    end: Arc<EventFd>,
     thread: Option<JoinHandle<()>>,
+    /// The connection that is watched, closed when the word is given back.
+    link: Option<Link>,
 }
 
 impl Keeper {
     /// Returns once the word is held.
-    pub(super) fn hold(segment: &Segment, side: Side) -> Result<Keeper, ChannelError> {
-        let (mapping, offset) = segment.lifeline_place(side);
+    pub(super) fn hold(
+        segment: &Segment,
+        side: Side,
+        link: Option<Link>,
+    ) -> Result<Keeper, ChannelError> {
+        let connection = match link.as_ref().and_then(Link::connection) {
+            Some(connection) => Some(connection.try_clone_to_owned().map_err(|error| {
+                ChannelError::Sys(SysError::new("fcntl F_DUPFD_CLOEXEC", error))
+            })?),
+            None => None,
+        };
+        let end = Arc::new(EventFd::new()?);
         let (held, is_held) = sync_channel(1);
-        let (end, ended) = sync_channel::<()>(0);
+        let (bell, memory) = (Arc::clone(&end), segment.clone());
         let thread = std::thread::Builder::new()
             .name("uffd-sync-keep".to_owned())
             .stack_size(64 << 10)
-            .spawn(move || match Lifeline::hold(mapping, offset) {
-                Ok(_lifeline) => {
-                    // Whoever made this thread waits for it.
-                    let _ = held.send(Ok(()));
-                    let _ = ended.recv();
-                }
-                Err(error) => {
-                    let _ = held.send(Err(error));
-                }
-            })
+            .spawn(move || keep(&memory, side, connection, &bell, &held))
             .map_err(ChannelError::Thread)?;
         let keeper = Keeper {
-            end: Some(end),
+            end,
             thread: Some(thread),
+            link,
         };
         match is_held.recv() {
             Ok(Ok(())) => Ok(keeper),
@@ -46,11 +59,50 @@ impl Keeper {
             Err(_) => Err(ChannelError::Disconnected),
         }
     }
+
+    /// Takes the connection away; the word stays held.
+    pub(super) fn take_link(&mut self) -> Option<Link> {
+        self.link.take()
+    }
+
+    /// Gives it back, to be tried again.
+    pub(super) fn put_link(&mut self, link: Link) {
+        self.link = Some(link);
+    }
+}
+
+fn keep(
+    segment: &Segment,
+    side: Side,
+    connection: Option<OwnedFd>,
+    bell: &EventFd,
+    held: &SyncSender<Result<(), SysError>>,
+) {
+    let (mapping, offset) = segment.lifeline_place(side);
+    let _lifeline = match Lifeline::hold(mapping, offset) {
+        Ok(lifeline) => lifeline,
+        Err(error) => {
+            // Whoever made this thread waits for it.
+            let _ = held.send(Err(error));
+            return;
+        }
+    };
+    let _ = held.send(Ok(()));
+    if let Some(connection) = connection {
+        let watched = [bell.as_fd(), connection.as_fd()];
+        let looked = wait_readable(&watched, None);
+        if looked.is_err() || bell.drain() > 0 {
+            return;
+        }
+        segment.mark_died(Side::Server);
+    }
+    // Refused only for want of kernel memory: the word is given back early then.
+    let _ = wait_readable(&[bell.as_fd()], None);
 }
 
 impl Drop for Keeper {
     fn drop(&mut self) {
-        self.end = None;
+        self.end.ring();
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }

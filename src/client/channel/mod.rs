@@ -6,13 +6,31 @@
 //!   keeper thread holds the client's word                 first worker holds the server's
 //!   waits: poll, then sleep on response_ready              waits: poll, then sleep on request_ready
 //! ```
+//! [`DuplexChannelFactory`] brings the two together by name, through a Unix socket:
+//!
+//! ```text
+//! create_in_place_client -- hello --> FOLDER/NAME.sock: Acceptor of a NamedServer
+//!         Segment       <- memfd --   one Segment per client, served until its
+//!         stays connected ----------- connection ends or its word says that it died
+//! reconnect -- the same memfd ------> the next server of that name
+//! ```
+//!
 //! Each wait has a deadline, and ends within a millisecond of the other side's death:
 //! a sleeper that has slept for 10 ms also watches the word that the kernel marks
 //! when its holder dies.
 
+mod acceptor;
+#[cfg(test)]
+mod acceptor_tests;
 mod client;
+mod factory;
 mod frame;
+mod immutable;
 mod keeper;
+mod link;
+mod named;
+mod rendezvous;
+mod report;
 mod server;
 mod shared;
 #[cfg(test)]
@@ -20,7 +38,12 @@ mod tests;
 mod wait;
 
 pub use client::{ClientOptions, DuplexClient, Request, Response};
+pub use factory::DuplexChannelFactory;
 pub use frame::{Frame, HandlerError};
+pub use immutable::{AnyDuplexClient, ImmutableServer};
+pub use named::NamedServer;
+pub use rendezvous::{ConnectError, FOLDER_VARIABLE, channel_socket, channels_folder};
+pub use report::{ClientStatus, ServerStatus};
 pub use server::{ChannelHandle, HandlerFailure, InPlaceDuplexServer, ServerOptions};
 pub use shared::{SharedDuplexClient, SharedResponse};
 
@@ -34,6 +57,12 @@ pub enum ChannelError {
     /// The channel's memory.
     #[error(transparent)]
     Memory(#[from] DuplexError),
+    /// The other side was not found, or refused.
+    #[error(transparent)]
+    Connect(#[from] ConnectError),
+    /// The channel has two buffers, and something about them failed.
+    #[error(transparent)]
+    TwoBuffers(#[from] crate::zerobuffer::ZeroBufferError),
     /// All slots or all of the payload are in use: receive a response first, or
     /// wait for room.
     #[error("all slots or all of the payload are in use; receive a response first")]
@@ -58,7 +87,7 @@ pub enum ChannelError {
     TimedOut,
     /// The other side died, or left with the request unanswered.
     #[error(
-        "the server died before it answered request {sequence}; its bytes {}",
+        "the server died or stopped before it answered request {sequence}; its bytes {}",
         if *maybe_modified { "may have been changed" } else { "were not touched" }
     )]
     PeerDied {
@@ -103,6 +132,14 @@ pub enum ChannelError {
     Workers {
         /// What was asked for.
         workers: usize,
+    },
+    /// More clients at a time, or fewer, than a server takes.
+    #[error("{clients} clients; 1 to {most} are possible")]
+    Clients {
+        /// What was asked for.
+        clients: usize,
+        /// Most that are possible: one where the payload is a view.
+        most: usize,
     },
     /// The server was started before.
     #[error("the server was started already")]

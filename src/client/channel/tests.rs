@@ -31,7 +31,14 @@ fn pair(options: ServerOptions) -> (DuplexClient, InPlaceDuplexServer, ChannelHa
     let server = server(options);
     let handle = server.serve_segment(&segment, false).expect("serve");
     let waiting = options.waiting;
-    let client = DuplexClient::over(opened(&segment), ClientOptions { waiting }).expect("client");
+    let client = DuplexClient::over(
+        opened(&segment),
+        ClientOptions {
+            waiting,
+            ..ClientOptions::default()
+        },
+    )
+    .expect("client");
     (client, server, handle)
 }
 
@@ -444,7 +451,14 @@ fn parked_round_trips_do_not_stall() {
     let server = server(options);
     let handle = server.serve_segment(&segment, false).expect("serve");
     let waiting = Waiting::Park;
-    let client = DuplexClient::over(opened(&segment), ClientOptions { waiting }).expect("client");
+    let client = DuplexClient::over(
+        opened(&segment),
+        ClientOptions {
+            waiting,
+            ..ClientOptions::default()
+        },
+    )
+    .expect("client");
     let before = super::wait::STALLS.load(Ordering::Relaxed);
     for round in 0..rounds {
         let response = client.call(&[round as u8; 8], PATIENCE).expect("call");

@@ -48,6 +48,9 @@ fn count_stall(
     }
 }
 
+/// Time after a time-out within which a changed word counts as a wake-up that was late.
+const LATE_NS: u64 = 100_000;
+
 /// Why a wait ended without what was waited for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Ended {
@@ -70,6 +73,8 @@ pub(super) struct Waiter {
     cpu: u32,
     /// Whether the other side was ever seen alive: before that it has not come.
     seen: bool,
+    /// Of the random delays that a test may ask for.
+    seed: u64,
 }
 
 impl Waiter {
@@ -85,6 +90,7 @@ impl Waiter {
             is_hot: false,
             cpu: u32::MAX,
             seen: false,
+            seed: monotonic_ns() | 1,
         }
     }
 
@@ -235,6 +241,9 @@ impl Waiter {
                     return ControlFlow::Break(());
                 }
                 before_sleep();
+                if segment.has_failpoints() {
+                    segment.delay_if_armed(&mut self.seed);
+                }
                 if !probing {
                     let soon = now + 1_000_000 * CHANNEL_PROBE_MS;
                     #[cfg(test)]
@@ -243,6 +252,13 @@ impl Waiter {
                     #[cfg(test)]
                     count_stall(&slept, half, sequence, soon);
                     probing = matches!(slept, Ok(futex::Wake::TimedOut) | Err(_));
+                    let changed = event::sequence_of(word.load(Ordering::Relaxed)) != sequence;
+                    // Found later it may have changed after the time-out, while this
+                    // thread did not run.
+                    let in_time = monotonic_ns() < soon.saturating_add(LATE_NS);
+                    if probing && changed && in_time {
+                        segment.note_late_wake(self.own);
+                    }
                     return ControlFlow::Continue(());
                 }
                 let deadline = Instant::now().checked_add(Duration::from_nanos(until - now));

@@ -366,10 +366,10 @@ fn no_cut_is_torn(processes: usize, threads: usize, way: Way, slots: u32) {
     let cuts = long(200, most);
     assert_eq!(stage.torn(cuts, false), 0, "of {cuts} cuts");
     let stats = stage.faults().board().stats();
-    assert!(stats.faults > cuts, "writers ran into pages: {stats:?}");
+    assert!(stats.faults > cuts / 4, "writers ran into pages: {stats:?}");
     assert_eq!(stats.cuts, cuts);
     let stored = stage.expected.iter().map(|chain| chain.0).max();
-    assert!(stored > Some(PAGES / 8), "chains went on: {stored:?}");
+    assert!(stored > Some(PAGES / 32), "chains went on: {stored:?}");
 }
 
 #[test]

@@ -260,7 +260,7 @@ impl Process {
         reason = "a skipped test says so where the test runner shows it"
     )]
     pub(crate) fn python() -> Option<Process> {
-        let Some(python) = std::env::var_os(PYTHON) else {
+        let Some(python) = std::env::var_os(PYTHON).filter(|path| !path.is_empty()) else {
             let reason = format!(
                 "set {PYTHON} to a Python with zerobuffer-ipc[linux] 1.3.0 (.ci/run makes one)"
             );
