@@ -447,24 +447,27 @@ fn parked_round_trips_do_not_stall() {
         waiting: Waiting::Park,
         ..ServerOptions::default()
     };
-    let segment = Segment::create(&BufferConfig::new(0, 4096)).expect("segment");
+    let config = BufferConfig::new(0, 4096).failpoints();
+    let segment = Segment::create(&config).expect("segment");
+    segment.arm_delays();
     let server = server(options);
     let handle = server.serve_segment(&segment, false).expect("serve");
     let waiting = Waiting::Park;
     let client = DuplexClient::over(
-        opened(&segment),
+        segment.clone(),
         ClientOptions {
             waiting,
             ..ClientOptions::default()
         },
     )
     .expect("client");
-    let before = super::wait::STALLS.load(Ordering::Relaxed);
     for round in 0..rounds {
         let response = client.call(&[round as u8; 8], PATIENCE).expect("call");
         assert_eq!(response.copy_to_vec(), [round as u8 ^ 0xFF; 8]);
     }
-    assert_eq!(super::wait::STALLS.load(Ordering::Relaxed), before);
+    for side in [Side::Client, Side::Server] {
+        assert_eq!(segment.late_wakes(side), 0, "{side:?}");
+    }
     client.mirror();
     // Both sides have slept since their last change, or do so now.
     let begun = Instant::now();

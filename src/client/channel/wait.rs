@@ -18,36 +18,6 @@ const HOT_LOOKS: u32 = 256;
 /// Looks between two readings of the clock.
 const LOOKS: u32 = 32;
 
-/// Sleeps of this process that only their time-out ended although their word had
-/// changed: a wake-up that was lost.
-#[cfg(test)]
-pub(super) static STALLS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-
-/// A delay between the last look and the sleep, different each time.
-#[cfg(test)]
-fn delay_before_sleep() {
-    let spins = monotonic_ns().wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 54;
-    for _ in 0..spins {
-        spin_loop();
-    }
-}
-
-/// A word that is found changed later than 0.1 ms after the time-out may have been
-/// changed after it, while this thread did not run.
-#[cfg(test)]
-fn count_stall(
-    slept: &Result<futex::Wake, crate::sys::SysError>,
-    half: &std::sync::atomic::AtomicU32,
-    sequence: u32,
-    until_ns: u64,
-) {
-    let changed = half.load(Ordering::Acquire) != sequence;
-    let timed_out = matches!(slept, Ok(futex::Wake::TimedOut));
-    if timed_out && changed && monotonic_ns() < until_ns + 100_000 {
-        STALLS.fetch_add(1, Ordering::Relaxed);
-    }
-}
-
 /// Time after a time-out within which a changed word counts as a wake-up that was late.
 const LATE_NS: u64 = 100_000;
 
@@ -246,11 +216,7 @@ impl Waiter {
                 }
                 if !probing {
                     let soon = now + 1_000_000 * CHANNEL_PROBE_MS;
-                    #[cfg(test)]
-                    delay_before_sleep();
                     let slept = futex::wait_masked(half, sequence, mask, until.min(soon));
-                    #[cfg(test)]
-                    count_stall(&slept, half, sequence, soon);
                     probing = matches!(slept, Ok(futex::Wake::TimedOut) | Err(_));
                     let changed = event::sequence_of(word.load(Ordering::Relaxed)) != sequence;
                     // Found later it may have changed after the time-out, while this

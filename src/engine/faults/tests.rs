@@ -2,6 +2,7 @@
 //! each one checked to be a prefix of what every chain stored. Its controls tear.
 
 use std::io::{Read, Write};
+use std::ops::Range;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -322,11 +323,16 @@ impl Stage {
         }
     }
 
-    /// Makes `cuts` cuts; how many were torn, void or not to be made ends it early if
-    /// `until_torn`.
+    /// Makes `cuts` cuts, the first of all among them; how many were torn, void or not
+    /// to be made ends it early if `until_torn`.
     fn torn(&mut self, cuts: u64, until_torn: bool) -> u64 {
+        self.torn_of(0..cuts, until_torn)
+    }
+
+    /// The same for the cuts of these numbers.
+    fn torn_of(&mut self, cuts: Range<u64>, until_torn: bool) -> u64 {
         let mut torn = 0;
-        for cut in 0..cuts {
+        for cut in cuts {
             if cut > 0 {
                 self.wait_dirty();
             }
@@ -366,10 +372,20 @@ fn no_cut_is_torn(processes: usize, threads: usize, way: Way, slots: u32) {
     let cuts = long(200, most);
     assert_eq!(stage.torn(cuts, false), 0, "of {cuts} cuts");
     let stats = stage.faults().board().stats();
-    assert!(stats.faults > cuts / 4, "writers ran into pages: {stats:?}");
+    // Each cut but the first waited for a store, which had run into its page.
+    assert!(
+        stats.faults + 1 >= cuts,
+        "writers ran into pages: {stats:?}"
+    );
     assert_eq!(stats.cuts, cuts);
-    let stored = stage.expected.iter().map(|chain| chain.0).max();
-    assert!(stored > Some(PAGES / 32), "chains went on: {stored:?}");
+    // On a busy machine a store may run into a page again and again before it is done.
+    let deadline = Instant::now() + PATIENCE;
+    let mut made = cuts;
+    while stage.expected.iter().all(|chain| chain.0 <= PAGES / 8) {
+        assert!(Instant::now() < deadline, "the chains stand still");
+        assert_eq!(stage.torn_of(made..made + 1, false), 0, "of cut {made}");
+        made += 1;
+    }
 }
 
 #[test]
