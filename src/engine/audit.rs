@@ -224,16 +224,17 @@ impl Engine {
         match kind {
             LossKind::Standstill if tracked.publish == Publish::Commit => return,
             LossKind::Standstill => tracked.due = Some(self.now),
-            LossKind::Untracked | LossKind::WriterReplaced => {
+            LossKind::Untracked => {
                 tracked.compare_from_now_on();
                 tracked.lose(reason, self.now);
             }
+            LossKind::WriterReplaced => {
+                tracked.compare_from_now_on();
+                tracked.lose(reason, self.now);
+                // The program that would have committed is gone, its process is not.
+                tracked.due = Some(self.now);
+            }
             _ => tracked.lose(reason, self.now),
-        }
-        if tracked.publish == Publish::Commit && kind != LossKind::WriterReplaced {
-            // The next commit compares everything: before it a transaction may be open.
-            tracked.due = None;
-            return;
         }
         self.make_runnable(key);
     }

@@ -212,10 +212,12 @@ impl Tracked {
         }
     }
 
-    /// From now on the next capture compares everything.
+    /// The next capture compares everything. It is due at once, except where a writer
+    /// that lives publishes by commits: before the next one a transaction may be open.
     pub(super) fn lose(&mut self, reason: impl Into<String>, now: Instant) {
         self.lost = Some(reason.into());
-        self.due = Some(now);
+        let may_be_open = self.publish == Publish::Commit && self.living_writer().is_some();
+        self.due = (!may_be_open).then_some(now);
     }
 
     /// Whether the next capture compares everything.
