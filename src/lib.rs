@@ -48,6 +48,7 @@
 //! | [`node`] | configuration, the engine on a thread, metrics |
 //! | [`engine`] | the io_uring loop and its connections |
 //! | [`zerobuffer`] | two-buffer channels, compatible with ZeroBuffer v1 |
+//! | [`space`] | the memory of several servers as one range of addresses: its file and its map |
 //! | [`replicate`] | updates from a source's epochs to a replica's, as values |
 //! | [`duplex`] | channels in place: one frame, changed by the server where the client wrote it |
 //! | [`region`], [`track`] | memfd regions with their control pages; finding and capturing what changed |
@@ -79,6 +80,8 @@ pub mod region;
 #[cfg(not(loom))]
 pub mod replicate;
 pub mod shm;
+#[cfg(not(loom))]
+pub mod space;
 #[cfg(not(loom))]
 pub mod sys;
 #[cfg(not(loom))]

@@ -76,6 +76,26 @@ limits! {
     MAX_PINNED_TARGETS = 2, Count;
     /// Updates sent to one replica and not yet acknowledged; beyond it changes merge into the next one.
     MAX_UNACKED = 64, Count;
+    /// Servers of one space; a split operation asks them all at once.
+    MAX_SERVERS = 1024, Count;
+    /// Longest name of a host in a space's file, as DNS has it.
+    MAX_HOST_BYTES = 253, Bytes;
+    /// Longest file that describes a space: each server on a line with the longest names.
+    MAX_SPACE_FILE = MIB, Bytes;
+    /// Most connections to one server of a space that its file may allow.
+    MAX_SPACE_CLIENTS = 65_536, Count;
+    /// Most unanswered operations of one connection that a space's file may allow.
+    MAX_SPACE_IN_FLIGHT = 65_536, Count;
+    /// Longest deadline of one operation on a space.
+    SPACE_DEADLINE_CEILING_MS = 3_600_000, Millis;
+    /// Smallest file of a log of operations, before it is rotated.
+    SPACE_LOG_FLOOR = 64 * KIB, Bytes;
+    /// Rotated logs, or snapshots, that may be kept.
+    MAX_KEPT_FILES = 10_000, Count;
+    /// Longest pause between two periodic snapshots: a year, in seconds.
+    SNAPSHOT_PERIOD_CEILING_S = 31_536_000, Count;
+    /// Longest time that a strict snapshot may hold writes back.
+    SNAPSHOT_GATE_CEILING_MS = 10_000, Millis;
     /// Replicas following one region.
     MAX_REPLICAS = 64, Count;
     /// Replicas whose acknowledged epochs stand in the control page.

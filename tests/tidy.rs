@@ -15,7 +15,7 @@ const MAX_FN_LINES: usize = 70;
 const DRAWERS: [&str; 4] = ["util", "common", "helpers", "types"];
 const UNSAFE_ROOMS: [&str; 3] = ["sys", "shm", "ffi"];
 /// Rooms whose code is values: no socket, clock or thread of their own.
-const PURE_ROOMS: [&str; 3] = ["wire", "replicate", "duplex"];
+const PURE_ROOMS: [&str; 4] = ["wire", "replicate", "duplex", "space"];
 const BASE: [&str; 5] = ["units", "limits", "bitmap", "checksum", "words"];
 
 /// The rooms that `room` may import besides the base and itself, or none if the
@@ -26,9 +26,19 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
         "shm" => &["sys"],
         "region" | "track" | "zerobuffer" => &["shm", "sys"],
         "replicate" | "duplex" => &["region", "track", "wire", "shm", "sys"],
-        "engine" => &["replicate", "region", "track", "wire", "shm", "sys"],
+        "space" => &["replicate", "region", "track", "wire", "shm", "sys"],
+        "engine" => &[
+            "space",
+            "replicate",
+            "region",
+            "track",
+            "wire",
+            "shm",
+            "sys",
+        ],
         "node" | "client" => &[
             "engine",
+            "space",
             "duplex",
             "replicate",
             "zerobuffer",
@@ -42,6 +52,7 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
             "node",
             "client",
             "engine",
+            "space",
             "duplex",
             "replicate",
             "zerobuffer",

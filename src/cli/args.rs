@@ -10,6 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use super::channel::args::{ChannelCommand, EXAMPLES as CHANNEL_EXAMPLES};
+use super::space::{EXAMPLES as SPACE_EXAMPLES, SpaceCommand};
 use crate::units::ByteSize;
 use crate::wire::follow::FollowSpec;
 use crate::words::{Mode, RegionName};
@@ -84,6 +85,9 @@ pub enum Command {
     /// Serves, calls and measures channels between two processes of this host
     #[command(subcommand, after_help = CHANNEL_EXAMPLES)]
     Channel(ChannelCommand),
+    /// Checks and shows the file of an address space of several servers
+    #[command(subcommand, after_help = SPACE_EXAMPLES)]
+    Space(SpaceCommand),
     /// Shows a running node: regions, replicas, epochs, rates, memory
     Status(Report),
     /// Mirrors a region between two nodes on this host for some seconds and shows what it cost

@@ -14,6 +14,7 @@ use std::process::ExitCode;
 use crate::client::ClientError;
 use crate::client::channel::ChannelError;
 use crate::node::ConfigError;
+use crate::node::space_file::SpaceFileError;
 use crate::sys::SysError;
 use crate::units::OutOfRange;
 use crate::wire::control::RefusalCode;
@@ -81,6 +82,7 @@ fn code(error: &anyhow::Error) -> u8 {
         let bad_input = cause.is::<BadInput>()
             || cause.is::<OutOfRange>()
             || cause.is::<ConfigError>()
+            || cause.is::<SpaceFileError>()
             || cause
                 .downcast_ref::<ClientError>()
                 .is_some_and(is_bad_request)

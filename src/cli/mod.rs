@@ -12,6 +12,7 @@ mod output;
 mod region;
 mod reports;
 mod serve;
+pub mod space;
 mod status;
 
 use std::path::PathBuf;
@@ -48,6 +49,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Serve(args) => serve::run(args, node.0),
         Command::Region(command) => region::run(command, &node),
         Command::Channel(command) => channel::run(command),
+        Command::Space(command) => space::run(command),
         Command::Status(report) => status::run(report, &node),
         Command::Demo(args) => demo::run(args),
         Command::Doctor(report) => reports::doctor(report),

@@ -22,6 +22,7 @@
 
 mod config;
 mod metrics;
+pub mod space_file;
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;

@@ -35,6 +35,7 @@ mod real_file;
 mod refused_calls;
 mod scan_edges;
 mod scenarios;
+mod space_file;
 mod transactions;
 mod watched;
 mod writer;
