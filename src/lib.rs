@@ -50,6 +50,7 @@
 //! | [`zerobuffer`] | two-buffer channels, compatible with ZeroBuffer v1 |
 //! | [`space`] | the memory of several servers as one range of addresses: its file and its map |
 //! | [`replicate`] | updates from a source's epochs to a replica's, as values |
+//! | [`ordered`] | variables with one total order over all processes, as values |
 //! | [`duplex`] | channels in place: one frame, changed by the server where the client wrote it |
 //! | [`region`], [`track`] | memfd regions with their control pages; finding and capturing what changed |
 //! | [`wire`] | frames between nodes, messages of the control socket |
@@ -75,6 +76,8 @@ pub mod limits;
 pub mod manual;
 #[cfg(not(loom))]
 pub mod node;
+#[cfg(not(loom))]
+pub mod ordered;
 #[cfg(not(loom))]
 pub mod region;
 #[cfg(not(loom))]

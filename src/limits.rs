@@ -264,6 +264,20 @@ limits! {
     ZEROBUFFER_RESUME_STEPS = 16 * MIB, Count;
     /// Pause between two looks for a buffer that its reader has not made yet.
     ZEROBUFFER_ATTACH_POLL_MS = 2, Millis;
+    /// Longest value of an ordered variable that holds bytes; a compare-and-swap carries two.
+    MAX_VARIABLE_BYTES = 16 * KIB, Bytes;
+    /// Ordered variables in one configuration.
+    MAX_VARIABLES = 65_536, Count;
+    /// Processes that share ordered variables; one word has a bit for each subscriber.
+    MAX_VARIABLE_PROCESSES = 32, Count;
+    /// Operations of one process that another has not delivered yet; with the longest values 8 MiB on each link.
+    ORDERED_WINDOW = 256, Count;
+    /// Messages of a link after which their receipt is told.
+    ORDERED_RECEIPT_EVERY = 64, Count;
+    /// How far ahead of the own clock a peer's may be: three years of a million operations a second that this process heard nothing of.
+    ORDERED_CLOCK_JUMP = 1 << 48, Count;
+    /// Logical time after which no operation is taken; jumps reach it after 32,768 messages, work never does.
+    ORDERED_TIME_CEILING = 1 << 63, Count;
 }
 
 const _: () = {
@@ -307,6 +321,14 @@ const _: () = {
     assert!(
         AUDIT_PERIOD_FLOOR_MS <= AUDIT_PERIOD_MS && AUDIT_PERIOD_MS <= AUDIT_PERIOD_CEILING_MS,
         "the default audit period may be configured"
+    );
+    assert!(
+        MAX_VARIABLE_PROCESSES <= 32,
+        "subscribers of a variable are bits of one word"
+    );
+    assert!(
+        ORDERED_CLOCK_JUMP < ORDERED_TIME_CEILING,
+        "one jump does not use up the clock"
     );
     assert!(
         STANDSTILL_MS > CAPTURE_POSTPONE_MS,

@@ -15,19 +15,20 @@ const MAX_FN_LINES: usize = 70;
 const DRAWERS: [&str; 4] = ["util", "common", "helpers", "types"];
 const UNSAFE_ROOMS: [&str; 3] = ["sys", "shm", "ffi"];
 /// Rooms whose code is values: no socket, clock or thread of their own.
-const PURE_ROOMS: [&str; 4] = ["wire", "replicate", "duplex", "space"];
+const PURE_ROOMS: [&str; 5] = ["wire", "replicate", "duplex", "ordered", "space"];
 const BASE: [&str; 5] = ["units", "limits", "bitmap", "checksum", "words"];
 
 /// The rooms that `room` may import besides the base and itself, or none if the
 /// table does not know it. Only what stands below it: siblings are no exception.
 fn below(room: &str) -> Option<&'static [&'static str]> {
     Some(match room {
-        "sys" | "wire" | "manual" => &[],
+        "sys" | "wire" | "manual" | "ordered" => &[],
         "shm" => &["sys"],
         "region" | "track" | "zerobuffer" => &["shm", "sys"],
         "replicate" | "duplex" => &["region", "track", "wire", "shm", "sys"],
         "space" => &["replicate", "region", "track", "wire", "shm", "sys"],
         "engine" => &[
+            "ordered",
             "space",
             "replicate",
             "region",
@@ -40,6 +41,7 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
             "engine",
             "space",
             "duplex",
+            "ordered",
             "replicate",
             "zerobuffer",
             "region",
@@ -54,6 +56,7 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
             "engine",
             "space",
             "duplex",
+            "ordered",
             "replicate",
             "zerobuffer",
             "region",

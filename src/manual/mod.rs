@@ -6,6 +6,7 @@
 //! | [`wire_format`] | who writes another implementation, or reads a packet dump |
 //! | [`shared_layouts`] | who attaches from another language, or reads a memory dump |
 //! | [`channels`] | who speaks to a channel from another language, or must know what a peer can do |
+//! | [`ordered`] | who relies on the order of variables, checks it, or implements it elsewhere |
 //! | [`operations`] | who runs nodes: configuration, signals, metrics, troubleshooting |
 
 #[doc = include_str!("architecture.md")]
@@ -19,6 +20,9 @@ pub mod shared_layouts {}
 
 #[doc = include_str!("channels.md")]
 pub mod channels {}
+
+#[doc = include_str!("ordered.md")]
+pub mod ordered {}
 
 #[doc = include_str!("operations.md")]
 pub mod operations {}
