@@ -4,7 +4,10 @@
 //! `UFFD_SYNC_SEED=N` runs one seed of the simulator alone, `UFFD_SYNC_LONG=1` runs
 //! 10,000 and the larger configurations.
 
-#![allow(clippy::print_stdout, reason = "what was explored, for who asks with --nocapture")]
+#![allow(
+    clippy::print_stdout,
+    reason = "what was explored, for who asks with --nocapture"
+)]
 
 mod explore;
 mod linear;

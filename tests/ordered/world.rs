@@ -239,8 +239,8 @@ impl<R: Rules> World<R> {
         let (one, other) = self.rng.pick(&pairs);
         self.channels.remove(&(one, other));
         self.channels.remove(&(other, one));
+        self.connected.extend([(one, other), (other, one)]);
         for (me, peer) in [(one, other), (other, one)] {
-            self.connected.insert((me, peer));
             let peer = ProcessId(peer as u32);
             self.step(me, Event::LinkUp { peer })?;
         }
@@ -390,7 +390,7 @@ impl<R: Rules> World<R> {
                     frame.encode(&mut bytes);
                     let peer = peer.0 as usize;
                     // What is sent into a connection that the other end gave up is lost.
-                    if self.connected.contains(&(peer, me)) || matches!(frame, Frame::Hello(_)) {
+                    if self.connected.contains(&(peer, me)) {
                         self.channels
                             .entry((me, peer))
                             .or_default()
