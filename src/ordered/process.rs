@@ -3,6 +3,8 @@
 //! [`Process::submit`] and [`Process::step`] are all that changes it; both append
 //! [`Action`]s, which are to be carried out in their order.
 
+#[cfg(test)]
+mod hostile_tests;
 mod receive;
 #[cfg(test)]
 mod tests;

@@ -1,3 +1,5 @@
+//! Frames of all kinds there and back, damaged, and made up.
+
 use proptest::prelude::*;
 
 use super::*;

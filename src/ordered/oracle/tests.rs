@@ -1,3 +1,5 @@
+//! Good logs, and logs that are each bad in one way.
+
 use super::*;
 use crate::ordered::{Incarnation, Operation, Value, ValueType, Variable};
 
