@@ -45,7 +45,7 @@ fn one_order_whatever_happens() {
         ("pauses", sum.pauses),
         ("crashes", sum.crashes),
         ("stops", sum.stopped),
-        ("crashes before anything was done", sum.harmless),
+        ("crashes of who shares nothing", sum.harmless),
         ("unknown outcomes", sum.indeterminate),
         ("histories that are linearisable", sum.linearisable),
         ("messages sent again", sum.resumed),

@@ -396,3 +396,26 @@ fn a_lost_memory_stops_the_component_until_all_start_anew() {
         );
     }
 }
+
+#[test]
+fn a_restart_before_anybody_is_ready_does_no_harm() {
+    for order in BOTH {
+        // Process 0 is met by process 1 alone, which waits for process 2.
+        let one = process(config(0, order, false));
+        let mut net = Net::of(vec![one, process(config(1, order, false))]);
+        assert!(!net.processes[0].is_ready() && !net.processes[1].is_ready());
+        let mut reborn = config(0, order, false);
+        reborn.incarnation = Incarnation(99);
+        let all = vec![
+            process(reborn),
+            net.processes.remove(1),
+            process(config(2, order, false)),
+        ];
+        let mut net = Net::of(all);
+        assert!(net.processes.iter().all(Process::is_ready), "{order:?}");
+        net.submit(0, 0, write(1)).expect("taken");
+        net.run();
+        assert_eq!(net.completed.len(), 1);
+        assert!(net.told.is_empty());
+    }
+}
