@@ -44,7 +44,7 @@
 //!
 //! | room | what is in it |
 //! |---|---|
-//! | [`client`] | blocking faces: [`client::Node`], [`client::Writer`], [`client::Reader`]; channels by name: [`client::DuplexChannelFactory`] |
+//! | [`client`] | blocking faces: [`client::Node`], [`client::Writer`], [`client::Reader`]; channels by name: [`client::DuplexChannelFactory`]; ordered variables: [`client::variables`] |
 //! | [`node`] | configuration, the engine on a thread, metrics |
 //! | [`engine`] | the io_uring loop and its connections |
 //! | [`zerobuffer`] | two-buffer channels, compatible with ZeroBuffer v1 |

@@ -152,6 +152,18 @@ limits! {
     MAX_CHANNEL_FDS = 2, Count;
     /// Longest status of a channel server; some 800 bytes for each of its clients.
     MAX_CHANNEL_STATUS = 256 * KIB, Bytes;
+    /// Notices of changed variables that wait for the program's callback; beyond it nothing is received from peers.
+    MAX_CALLBACKS_WAITING = 4_096, Count;
+    /// Notices that one stream of changed variables holds at most, whatever is asked for.
+    MAX_STREAM_NOTICES = 65_536, Count;
+    /// Longest note about a refused connection between processes that share variables; lists some hundred of them.
+    MAX_VARIABLE_NOTE = 64 * KIB, Bytes;
+    /// Threads that carry operations to an etcd cluster, each with one request under way.
+    CLUSTER_WORKERS = 16, Count;
+    /// Longest answer of an etcd cluster: some thousand of the longest values.
+    MAX_CLUSTER_ANSWER = 64 * MIB, Bytes;
+    /// Commands that look at or change ordered variables of a node at once; each has a thread.
+    MAX_VARIABLE_CLIENTS = 64, Count;
     /// Commands from other threads waiting for the engine.
     MAX_COMMANDS = 256, Count;
     /// Marks in the ring of a control memfd; beyond it they degrade to whole pages.

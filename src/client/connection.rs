@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::ClientError;
+use super::variables::VariablesLink;
 use crate::limits;
 use crate::sys::net::{self, Blocking};
 use crate::wire::control::{self, CONTROL_VERSION, NodeStatus, Request, Response};
@@ -195,6 +196,15 @@ impl Node {
             name: name.to_owned(),
         };
         self.expect_done("unfollow", &request, &[], &[])
+    }
+
+    /// Speaks of the node's ordered variables over this connection from now on.
+    ///
+    /// # Errors
+    /// If the node has none, or serves too many who ask for them.
+    pub fn into_variables(mut self) -> Result<VariablesLink, ClientError> {
+        self.expect_done("variables", &Request::Variables, &[], &[])?;
+        Ok(VariablesLink::new(self.socket, self.buffer))
     }
 
     pub(super) fn socket(&self) -> BorrowedFd<'_> {

@@ -21,6 +21,7 @@
 pub mod channel;
 mod connection;
 mod reader;
+pub mod variables;
 mod writer;
 
 use std::path::PathBuf;
@@ -37,6 +38,7 @@ pub use writer::{Writer, WriterOptions};
 use crate::region::RegionError;
 use crate::sys::SysError;
 use crate::wire::control::{self, ControlError, RefusalCode};
+use crate::wire::variables::Denied;
 
 /// A request to a node that failed.
 #[derive(Debug, thiserror::Error)]
@@ -107,6 +109,14 @@ pub enum ClientError {
     /// No mode keeps what was asked of `auto`.
     #[error("mode auto finds nothing to pick")]
     Unmet(#[from] crate::track::Unmet),
+    /// The node did not carry a request about variables out.
+    #[error("{message}")]
+    Denied {
+        /// Kind of refusal.
+        code: Denied,
+        /// What was tried and what was wrong.
+        message: String,
+    },
     /// The name is not a region name.
     #[error("that is no name for a region")]
     Name(#[from] crate::words::WordError),

@@ -187,6 +187,12 @@ impl Engine {
                 control::decode::<Request>(&mut connection.buffer, limits::MAX_CONTROL_REQUEST);
             let reply = match decoded {
                 Ok(None) => return Read::More,
+                Ok(Some(message)) if message.body == Request::Variables => {
+                    match self.hand_to_variables(key) {
+                        Ok(()) => return Read::Closed,
+                        Err(reply) => reply,
+                    }
+                }
                 Ok(Some(message)) => {
                     let call = Call {
                         connection: key,
@@ -217,6 +223,28 @@ impl Engine {
                 return Read::Closed;
             }
         }
+    }
+
+    /// Gives the connection away to those who serve ordered variables.
+    fn hand_to_variables(&self, key: Key) -> Result<(), Reply> {
+        let refused = |code, message: &str| Reply::refused(code, message.to_owned());
+        let Some(door) = &self.settings.variables else {
+            return Err(refused(
+                RefusalCode::NotFound,
+                "this node has no variables: its file has no table [variables]; \
+                 `uffd-sync var init` prints one",
+            ));
+        };
+        let socket = self.controls.get(key).map(|connection| &connection.socket);
+        let socket = socket.and_then(|socket| socket.try_clone().ok());
+        let taken = socket.is_some_and(|socket| door.try_send(socket).is_ok());
+        if taken {
+            return Ok(());
+        }
+        Err(refused(
+            RefusalCode::Limit,
+            "too many connections ask for variables at once; try again",
+        ))
     }
 
     /// Queues one answer and sends what the socket takes at once.

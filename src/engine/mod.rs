@@ -35,12 +35,14 @@ mod sources;
 mod status;
 mod timers;
 mod tracked;
+pub mod variables;
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
 use std::time::{Duration, Instant};
 
 use commands::Command;
@@ -82,6 +84,9 @@ pub struct Settings {
     pub staging_budget: u64,
     /// Whether `SIGTERM`, `SIGINT` and `SIGHUP` are taken as events.
     pub signals: bool,
+    /// Where connections that ask for ordered variables are handed over; none for a node
+    /// without variables.
+    pub variables: Option<SyncSender<OwnedFd>>,
     /// What can change later.
     pub tunables: Tunables,
 }

@@ -90,7 +90,8 @@ impl Engine {
                 .unwrap_or_else(|refusal| Some(Reply::refused(refusal.code, refusal.message)));
         }
         let result = match request {
-            Request::Cut { .. } => return None,
+            // Both are answered elsewhere.
+            Request::Cut { .. } | Request::Variables => return None,
             Request::Hello { version } => self.hello(version),
             Request::Status => Ok(Reply::new(
                 Response::Status(Box::new(self.status())),

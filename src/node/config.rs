@@ -15,6 +15,8 @@
 //! log = "info"
 //! ```
 //!
+//! A table `[variables]` makes the node a member of [ordered variables](VariablesConfig).
+//!
 //! Invariants:
 //! - I1: a [`NodeConfig`] that [`ConfigSource::load`] returned has been validated.
 //! - I2: without a file and flags nothing listens on TCP.
@@ -30,6 +32,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer};
 
+use crate::engine::variables::{VariablesConfig, VariablesError};
 use crate::limits;
 use crate::units::{ByteSize, ParseSizeError};
 use crate::wire::follow::FollowSpec;
@@ -100,6 +103,9 @@ pub enum ConfigError {
         /// The name asked for.
         name: Box<str>,
     },
+    /// The ordered variables cannot be served.
+    #[error("[variables]: {0}")]
+    Variables(VariablesError),
     /// Two `follow` entries would make the same local region.
     #[error("follow: two entries make the local region {local}; add =OTHER to one of them")]
     FollowTwice {
@@ -157,6 +163,8 @@ pub struct NodeConfig {
     pub staging_budget: u64,
     /// Filter of the log, as `tracing` reads it. Default: `info`.
     pub log: String,
+    /// Ordered variables, of which this node is a member. Default: none.
+    pub variables: Option<VariablesConfig>,
 }
 
 impl Default for NodeConfig {
@@ -174,6 +182,7 @@ impl Default for NodeConfig {
             audit_period_ms: limits::AUDIT_PERIOD_MS,
             staging_budget: limits::STAGING_BUDGET,
             log: "info".to_owned(),
+            variables: None,
         }
     }
 }
@@ -316,6 +325,9 @@ impl NodeConfig {
                 return Err(ConfigError::FollowTwice { local });
             }
         }
+        if let Some(mut variables) = self.ordered_variables() {
+            variables.check().map_err(ConfigError::Variables)?;
+        }
         match tracing_subscriber::EnvFilter::try_new(&self.log) {
             Ok(_) => Ok(()),
             Err(source) => Err(ConfigError::Log {
@@ -323,6 +335,13 @@ impl NodeConfig {
                 source,
             }),
         }
+    }
+
+    /// The ordered variables as they are served: `insecure` of the node holds for them too.
+    pub(super) fn ordered_variables(&self) -> Option<VariablesConfig> {
+        let mut variables = self.variables.clone()?;
+        variables.insecure |= self.insecure;
+        Some(variables)
     }
 
     /// What a running node that has `self` can take over from `other` on `SIGHUP`,
@@ -344,6 +363,7 @@ impl NodeConfig {
             ("listen", self.listen != other.listen),
             ("insecure", self.insecure != other.insecure),
             ("metrics", self.metrics != other.metrics),
+            ("variables", self.variables != other.variables),
             (
                 "staging_budget",
                 self.staging_budget != other.staging_budget,
@@ -426,6 +446,11 @@ fn is_loopback(address: IpAddr) -> bool {
 /// above it that has one, as within an array over several lines.
 fn key_at(text: &str, at: usize) -> Option<&str> {
     let line_end = text[at..].find('\n').map_or(text.len(), |n| at + n);
+    let begin = text[..at].rfind('\n').map_or(0, |n| n + 1);
+    let table = text[begin..line_end].trim().strip_prefix('[');
+    if let Some(table) = table.and_then(|rest| rest.strip_suffix(']')) {
+        return Some(table);
+    }
     text[..line_end].lines().rev().find_map(|line| {
         let (key, _) = line.split_once('=')?;
         let key = key.trim().trim_matches('"');

@@ -23,16 +23,18 @@
 mod config;
 mod metrics;
 pub mod space_file;
+mod variables;
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
-use std::sync::mpsc;
+use std::sync::mpsc::{self, SyncSender};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
 pub use config::{ConfigError, ConfigSource, Differences, NodeConfig, NodeFlags, default_socket};
 pub use metrics::MetricsError;
 
+use crate::engine::variables::StartError;
 use crate::engine::{CommandError, Commands, Engine, EngineError, Reloader, Settings, Tunables};
 use crate::limits;
 use crate::sys::behaviour::Behaviour;
@@ -56,6 +58,9 @@ pub enum NodeError {
     /// No thread for the engine.
     #[error("cannot start the engine's thread")]
     Thread(#[source] std::io::Error),
+    /// The ordered variables cannot be served.
+    #[error("the variables cannot be served")]
+    Variables(#[from] StartError),
     /// The metrics cannot be served.
     #[error("the metrics cannot be served")]
     Metrics(#[from] MetricsError),
@@ -74,6 +79,7 @@ pub struct Node {
     listen: Option<SocketAddr>,
     thread: Option<JoinHandle<Result<(), EngineError>>>,
     metrics: Option<metrics::Server>,
+    _variables: Option<variables::Service>,
 }
 
 impl Node {
@@ -93,8 +99,10 @@ impl Node {
         Self::spawn(config, settings(config, false))
     }
 
-    fn spawn(config: &NodeConfig, settings: Settings) -> Result<Self, NodeError> {
+    fn spawn(config: &NodeConfig, mut settings: Settings) -> Result<Self, NodeError> {
         config.validate()?;
+        let (variables, door) = serve_variables(config)?;
+        settings.variables = door;
         let commands = Commands::new()?;
         let for_engine = commands.clone();
         let (told, started) = mpsc::sync_channel(1);
@@ -118,6 +126,7 @@ impl Node {
             listen,
             thread: Some(thread),
             metrics: None,
+            _variables: variables,
         };
         // On failure the drop of `node` ends the engine.
         node.metrics = metrics?;
@@ -186,8 +195,13 @@ pub fn serve(
     process::raise_fd_limit();
     process::keep_freed_memory(limits::KEPT_FREE as u32);
     let commands = Commands::new()?;
+    // Blocked before the threads of the variables start, which inherit that.
+    let _signals =
+        process::SignalFd::block(&[nix::libc::SIGTERM, nix::libc::SIGINT, nix::libc::SIGHUP])?;
+    let (_variables, door) = serve_variables(&config)?;
     let settings = Settings {
         signals: true,
+        variables: door,
         ..settings(&config, true)
     };
     let engine = Engine::new(
@@ -200,6 +214,18 @@ pub fn serve(
     tell_behaviour();
     ready(&config, engine.listen_address());
     Ok(engine.run()?)
+}
+
+/// Starts the variables that the configuration names, with the engine's door to them.
+type Served = (Option<variables::Service>, Option<SyncSender<OwnedFd>>);
+
+fn serve_variables(config: &NodeConfig) -> Result<Served, NodeError> {
+    let Some(variables) = config.ordered_variables() else {
+        return Ok((None, None));
+    };
+    let (service, door) = variables::serve(&variables)?;
+    tracing::info!(process = variables.process, order = %variables.order, "ordered variables");
+    Ok((Some(service), Some(door)))
 }
 
 /// Says once what the kernel's scans do, and what that rules out.
@@ -258,6 +284,7 @@ fn settings(config: &NodeConfig, with_socket: bool) -> Settings {
         listen: config.listen,
         staging_budget: config.staging_budget,
         signals: false,
+        variables: None,
         tunables: tunables(config),
     }
 }

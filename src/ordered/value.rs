@@ -103,6 +103,16 @@ impl Value {
     }
 }
 
+/// A number as it is; bytes as text where they are readable, escaped where they are not.
+impl std::fmt::Display for Value {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Integer(number) => number.fmt(f),
+            Self::Bytes(bytes) => bytes.escape_ascii().fmt(f),
+        }
+    }
+}
+
 impl From<i64> for Value {
     fn from(number: i64) -> Self {
         Self::Integer(number)

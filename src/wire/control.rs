@@ -83,6 +83,9 @@ pub enum Request {
         /// Whether other nodes may follow it.
         shared: bool,
     },
+    /// Speaks of ordered variables over this connection from now on, in the messages of
+    /// [`variables`](super::variables): [`Response::Done`].
+    Variables,
     /// Makes an epoch of a region that is an exact instant after this request:
     /// [`Response::Cut`], once it is captured.
     Cut {

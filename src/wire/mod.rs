@@ -34,6 +34,7 @@ pub mod follow;
 mod frame;
 mod message;
 mod update;
+pub mod variables;
 
 pub use encode::FrameBuilder;
 pub use extents::{ExtentReader, WireExtent};
