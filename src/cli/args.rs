@@ -11,6 +11,7 @@ use clap_complete::Shell;
 
 use super::channel::args::{ChannelCommand, EXAMPLES as CHANNEL_EXAMPLES};
 use super::space::{EXAMPLES as SPACE_EXAMPLES, SpaceCommand};
+use super::var::args::{EXAMPLES as VAR_EXAMPLES, VarCommand, VarPartyArgs};
 use crate::units::ByteSize;
 use crate::wire::follow::FollowSpec;
 use crate::words::{Mode, RegionName};
@@ -24,7 +25,8 @@ Examples:
   uffd-sync region read prices --len 5
 
 Exit codes:
-  0  done    1  failed    2  bad input, nothing changed    3  a kernel feature is missing";
+  0  done    1  failed    2  bad input, nothing changed    3  a kernel feature is missing
+  4  an ordered operation whose outcome nobody knows";
 
 const SERVE_EXAMPLES: &str = "\
 Examples:
@@ -85,6 +87,9 @@ pub enum Command {
     /// Serves, calls and measures channels between two processes of this host
     #[command(subcommand, after_help = CHANNEL_EXAMPLES)]
     Channel(ChannelCommand),
+    /// Reads, writes, compares and watches ordered variables of a running node
+    #[command(subcommand, after_help = VAR_EXAMPLES)]
+    Var(VarCommand),
     /// Checks and shows the file of an address space of several servers
     #[command(subcommand, after_help = SPACE_EXAMPLES)]
     Space(SpaceCommand),
@@ -108,6 +113,9 @@ pub enum Command {
         #[arg(long, value_name = "DIR")]
         dir: Option<PathBuf>,
     },
+    /// Takes part in a demonstration of ordered variables
+    #[command(hide = true)]
+    VarDemoProcess(VarPartyArgs),
     /// Stores into a region of its own as the writer of a demonstration
     #[command(hide = true)]
     DemoWriter(DemoWriterArgs),

@@ -6,6 +6,7 @@
 //! | 1 | failed |
 //! | 2 | bad input: a flag, a file, a name, a size or a range; nothing changed |
 //! | 3 | a kernel feature or permission is missing; `doctor` names the remedy |
+//! | 4 | an ordered operation whose outcome nobody knows: it may have been carried out |
 
 use std::fmt;
 use std::io::{self, Write};
@@ -18,10 +19,12 @@ use crate::node::space_file::SpaceFileError;
 use crate::sys::SysError;
 use crate::units::OutOfRange;
 use crate::wire::control::RefusalCode;
+use crate::wire::variables::Denied;
 
 pub(super) const FAILED: u8 = 1;
 pub(super) const BAD_INPUT: u8 = 2;
 pub(super) const MISSING_FEATURE: u8 = 3;
+pub(super) const UNKNOWN_OUTCOME: u8 = 4;
 
 /// Input that a command refuses on its own, with what would be right.
 #[derive(Debug)]
@@ -89,6 +92,13 @@ fn code(error: &anyhow::Error) -> u8 {
             || cause
                 .downcast_ref::<ChannelError>()
                 .is_some_and(is_bad_call);
+        if let Some(ClientError::Denied {
+            code: Denied::Indeterminate,
+            ..
+        }) = cause.downcast_ref()
+        {
+            return UNKNOWN_OUTCOME;
+        }
         if bad_input {
             return BAD_INPUT;
         }
@@ -120,6 +130,7 @@ fn is_bad_request(error: &ClientError) -> bool {
                 | RefusalCode::Limit
         ),
         ClientError::Name(_) => true,
+        ClientError::Denied { code, .. } => *code == Denied::Invalid,
         _ => false,
     }
 }

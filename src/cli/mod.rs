@@ -14,6 +14,7 @@ mod reports;
 mod serve;
 pub mod space;
 mod status;
+pub mod var;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -49,6 +50,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
         Command::Serve(args) => serve::run(args, node.0),
         Command::Region(command) => region::run(command, &node),
         Command::Channel(command) => channel::run(command),
+        Command::Var(command) => var::run(command, &node),
         Command::Space(command) => space::run(command),
         Command::Status(report) => status::run(report, &node),
         Command::Demo(args) => demo::run(args),
@@ -69,6 +71,7 @@ fn run(cli: Cli) -> anyhow::Result<()> {
             clap_mangen::generate_to(Cli::command(), &dir)
                 .with_context(|| format!("writing manual pages to {}", dir.display()))
         }
+        Command::VarDemoProcess(args) => var::party::run(&args),
         Command::DemoWriter(args) => demo::writer::run(&args, &node),
         Command::DemoReader(args) => demo::reader::run(&args, &node),
     }
@@ -127,6 +130,10 @@ mod tests {
             "serve --listen localhost",
             "serve --follow http://a:1/b",
             "demo --seconds 0",
+            "var set x",
+            "var cas x 1",
+            "var get x --deadline soon",
+            "var reset --load",
             "no-such-command",
         ] {
             let words = ["uffd-sync"].into_iter().chain(line.split(' '));

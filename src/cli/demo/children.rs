@@ -15,15 +15,15 @@ use std::thread;
 use anyhow::Context;
 
 /// What a child said, or that it has closed its output.
-pub(super) struct Said {
+pub(in super::super) struct Said {
     /// Which child: the name it was started with.
-    pub(super) who: &'static str,
+    pub(in super::super) who: &'static str,
     /// One line; none at the end.
-    pub(super) line: Option<String>,
+    pub(in super::super) line: Option<String>,
 }
 
 /// A running child process; killed and reaped on drop.
-pub(super) struct Child {
+pub(in super::super) struct Child {
     who: &'static str,
     process: std::process::Child,
     stdin: Option<ChildStdin>,
@@ -31,7 +31,7 @@ pub(super) struct Child {
 
 impl Child {
     /// Starts this executable with `args`; lines go to `ears` where it has a voice.
-    pub(super) fn start<A: AsRef<OsStr>>(
+    pub(in super::super) fn start<A: AsRef<OsStr>>(
         who: &'static str,
         args: impl IntoIterator<Item = A>,
         ears: Option<&SyncSender<Said>>,
@@ -68,18 +68,18 @@ impl Child {
     }
 
     /// Sends one line to the child.
-    pub(super) fn tell(&mut self, line: &str) -> anyhow::Result<()> {
+    pub(in super::super) fn tell(&mut self, line: &str) -> anyhow::Result<()> {
         let stdin = self.stdin.as_mut().context("the pipe is closed")?;
         writeln!(stdin, "{line}").with_context(|| format!("telling the {} process", self.who))
     }
 
     /// Ends the child's standard input: it reports and exits.
-    pub(super) fn no_more(&mut self) {
+    pub(in super::super) fn no_more(&mut self) {
         self.stdin = None;
     }
 
     /// Fails if the process has ended although it was not asked to.
-    pub(super) fn expect_alive(&mut self) -> anyhow::Result<()> {
+    pub(in super::super) fn expect_alive(&mut self) -> anyhow::Result<()> {
         match self.process.try_wait() {
             Ok(None) => Ok(()),
             Ok(Some(status)) => anyhow::bail!("the {} process ended early: {status}", self.who),
