@@ -33,10 +33,14 @@ mod privileges;
 mod proxy;
 mod real_file;
 mod refused_calls;
+#[allow(dead_code, reason = "the checker of histories uses a part of it")]
+#[path = "../sim/rng.rs"]
+mod rng;
 mod scan_edges;
 mod scenarios;
 mod space_file;
 mod transactions;
+mod variables;
 mod watched;
 mod writer;
 mod zerobuffer;
