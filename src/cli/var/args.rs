@@ -113,7 +113,7 @@ pub enum VarCommand {
         #[arg(long, value_name = "FILE")]
         load: Vec<PathBuf>,
     },
-    /// Prints a commented table [variables] for a node's file
+    /// Prints a commented table of variables for a node's file
     Init,
     /// Lets three processes write and swap, and checks the order of all that they hear
     Demo {
@@ -142,7 +142,7 @@ pub struct VarPartyArgs {
     /// How the order is agreed on.
     #[arg(long, default_value = "skeen")]
     pub order: String,
-    /// A file with a table [variables] in place of the demonstration's.
+    /// A file with a table of variables in place of the demonstration's.
     #[arg(long)]
     pub config: Option<PathBuf>,
 }
