@@ -214,6 +214,10 @@ limits! {
     CUT_ROUNDS = 4, Count;
     /// Pages left over for the pass in which faults wait: 50 us at 0.8 us each.
     CUT_ENOUGH_PAGES = 64, Count;
+    /// Captures in a row that a page of an `async` region is written in before it is left open (default of the configuration).
+    HOT_CAPTURES = 4, Count;
+    /// Greatest number of such captures that may be configured; beyond it few pages ever get there.
+    HOT_CAPTURES_CEILING = 64, Count;
     /// Successive cuts a page has to be dirty in to count as hot.
     HOT_CUTS = 4, Count;
     /// Hot pages left out of the rounds before a cut; more of them would make the pass in which faults wait too long.

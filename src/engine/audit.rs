@@ -151,7 +151,7 @@ impl Engine {
             if track::Audit::concerns(&tracked.tracker) {
                 // Only the asynchronous kind is told of by the page map.
                 let mapped = match &tracked.tracker {
-                    Tracker::Async { attachment } => attachment.len,
+                    Tracker::Async { attachment, .. } => attachment.len,
                     _ => 0,
                 };
                 tracked.audit.grant(entry.size, mapped, period);

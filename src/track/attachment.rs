@@ -140,6 +140,26 @@ impl Attachment {
             })
     }
 
+    /// Lifts the protection of `len` bytes at `offset`, whole pages: they count as
+    /// written until they are armed again.
+    ///
+    /// # Errors
+    /// As for [`Attachment::arm`].
+    pub(super) fn open_range(&self, offset: u64, len: u64) -> Result<(), TrackError> {
+        let Some(uffd) = &self.uffd else {
+            return Ok(());
+        };
+        uffd.unprotect(self.base + offset, len)
+            .map_err(|source| match source.raw_os_error() {
+                Some(ESRCH) => TrackError::WriterExited,
+                _ => TrackError::Arm {
+                    offset,
+                    len,
+                    source,
+                },
+            })
+    }
+
     /// Whether the writing process has exited; an unreadable answer counts as yes.
     pub fn has_exited(&self) -> bool {
         self.pidfd.has_exited().unwrap_or(true)

@@ -143,7 +143,7 @@ impl Audit {
 /// The first of `pages` that was not written since it was armed, and how many there are.
 fn unseen(tracker: &Tracker, pages: &[u64]) -> Result<Option<(u64, u64)>, TrackError> {
     let attachment = match tracker {
-        Tracker::Async { attachment } => attachment,
+        Tracker::Async { attachment, .. } => attachment,
         Tracker::Sync { board, .. } => return Ok(unseen_by(board, pages)),
         _ => return Ok(None),
     };
@@ -227,7 +227,7 @@ mod tests {
             Some(Self {
                 writer: SharedMemory::new(mapping),
                 fd,
-                tracker: Tracker::Async { attachment },
+                tracker: Tracker::new(Mode::Async, Some(attachment)).unwrap(),
                 source,
                 twin: Twin::new(size).unwrap(),
                 pre: PreImages::new(size, size),

@@ -1,7 +1,7 @@
 //! One capture: dirty pages -> byte diff against the twin -> extents.
 //!
 //! ```text
-//! async    scan and protect a span -> copy and compare its written pages in one pass
+//! async    scan and protect a span, hot pages apart -> copy and compare its written pages in one pass
 //!          -> diff of the blocks that differ -> twin
 //! sync     pages of a cut -> copied, or taken from where they were saved -> diff -> twin
 //! manual   drained marks -> copy exactly those bytes -> twin
@@ -24,6 +24,7 @@
 //! capture that ends next reports it: no capture that is lost, or dropped and
 //! followed by a full one, loses an extent.
 
+mod collect;
 mod cut;
 
 use std::collections::VecDeque;
@@ -31,14 +32,13 @@ use std::ops::Range;
 
 use cut::Cutting;
 
-use super::attachment::{ARM_SPAN, ESRCH};
+use super::attachment::ARM_SPAN;
 use super::diff::{changed_blocks, diff_blocks};
 use super::{
     DIFF_GAP, ExtentSet, NoRoom, PAGE, PreImages, Source, TrackError, Tracker, Twin, WhenFull,
 };
 use crate::limits::CAPTURE_STEP_PAGES;
 use crate::shm::Ahead;
-use crate::sys::pagemap::Then;
 use crate::units::{GIB, MIB, PAGE_SIZE, page_of, pages_for};
 
 /// Bytes read at once by a comparison: the copy, its twin and the diff stay in the
@@ -136,7 +136,7 @@ struct Walk {
 
 /// What one step works with.
 struct Turn<'a> {
-    tracker: &'a Tracker,
+    tracker: &'a mut Tracker,
     source: &'a Source,
     twin: &'a mut Twin,
     pre: &'a mut PreImages,
@@ -342,11 +342,14 @@ impl Capture {
             } else {
                 self.work.front().map(|range| range.start)
             };
-            result = self.take_page(turn, at..end, next);
-            if result.is_ok() {
-                turn.left -= 1;
-                self.dirty_pages += 1;
-                at = end;
+            match self.take_page(turn, at..end, next) {
+                Ok(changed) => {
+                    let news = turn.tracker.note_compared(page_of(at), changed);
+                    turn.left -= 1;
+                    self.dirty_pages += u64::from(news);
+                    at = end;
+                }
+                Err(stop) => result = Err(stop),
             }
         }
         if at < range.end {
@@ -355,13 +358,13 @@ impl Capture {
         result
     }
 
-    /// Captures one page; the one at `next` is the next.
+    /// Captures one page, and says whether it had changed; the one at `next` is the next.
     fn take_page(
         &mut self,
         turn: &mut Turn<'_>,
         bytes: Range<u64>,
         next: Option<u64>,
-    ) -> Result<(), Stop> {
+    ) -> Result<bool, Stop> {
         let ahead = next.map(|offset| Ahead {
             offset,
             old: turn.twin.page(page_of(offset)),
@@ -369,8 +372,7 @@ impl Capture {
         let old = turn.twin.page(page_of(bytes.start));
         let new = &mut self.buffer[..(bytes.end - bytes.start) as usize];
         let blocks = turn.source.copy_changed(bytes.start, new, old, ahead)?;
-        self.absorb_page(turn, bytes, 0, blocks)?;
-        Ok(())
+        Ok(self.absorb_page(turn, bytes, 0, blocks)?)
     }
 
     fn slot(&mut self, bytes: Range<u64>) -> &mut [u8] {
@@ -447,59 +449,6 @@ impl Capture {
     fn note(&mut self, twin: &mut Twin) {
         twin.note_changed(&self.runs);
         self.runs.clear();
-    }
-
-    /// Scans and protects a span; what was written goes on the work list.
-    fn scan(&mut self, turn: &mut Turn<'_>, at: u64) -> Result<(), Stop> {
-        let attachment = turn.tracker.attachment().ok_or(TrackError::Incomplete)?;
-        let pagemap = attachment.pagemap.as_ref().ok_or(TrackError::Incomplete)?;
-        let size = turn.twin.size();
-        if attachment.len < size {
-            return Err(TrackError::Incomplete.into());
-        }
-        let end = attachment.len.min(at + SCAN_SPAN);
-        let base = attachment.base;
-        self.scratch.clear();
-        let walk_end = pagemap
-            .scan_written(
-                base + at,
-                base + end,
-                &mut self.scratch,
-                SCAN_RANGES,
-                SCAN_PAGES,
-                Then::Protect,
-            )
-            .map_err(|source| match source.raw_os_error() {
-                Some(ESRCH) => TrackError::WriterExited,
-                _ => TrackError::Scan { offset: at, source },
-            })?;
-        let reached = walk_end.saturating_sub(base).min(end);
-        if reached <= at {
-            return Err(TrackError::NoProgress { offset: at }.into());
-        }
-        let mut found = 0;
-        for range in &self.scratch {
-            let start = range.start.saturating_sub(base).max(at);
-            let stop = range.end.saturating_sub(base).min(reached).min(size);
-            if start < stop {
-                advise_huge(turn, &mut self.data, start..stop)?;
-                found += pages_for(stop - start);
-                self.work.push_back(start..stop);
-            }
-        }
-        let scanned = pages_for(reached - at);
-        self.scanned_pages += scanned;
-        let cost = scanned / SCANNED_PER_PAGE + found / PROTECTED_PER_PAGE;
-        turn.left = turn.left.saturating_sub(cost);
-        self.phase = Phase::Scan { at: reached };
-        if reached >= attachment.len {
-            // A process that has exited may scan as clean.
-            if attachment.has_exited() {
-                return Err(TrackError::WriterExited.into());
-            }
-            self.phase = Phase::Finished;
-        }
-        Ok(())
     }
 
     /// Compares the next piece of the region with the twin.
@@ -641,6 +590,8 @@ impl Walk {
                     self.data = 0..0;
                 }
                 self.armed = Some(armed + len);
+                turn.tracker
+                    .forget_heat(page_of(armed)..pages_for(armed + len));
                 turn.left = turn.left.saturating_sub(ARM_COST).max(1);
                 Ok(armed + len)
             }

@@ -378,7 +378,7 @@ fn a_capture_that_is_lost_loses_no_extent() {
         bench.step(&mut capture, WhenFull::PutOff),
         Step::More
     ));
-    let Tracker::Async { attachment } = &bench.tracker else {
+    let Tracker::Async { attachment, .. } = &bench.tracker else {
         panic!("async")
     };
     let uffd = attachment.uffd.as_ref().unwrap();

@@ -26,6 +26,7 @@ mod choice;
 mod diff;
 pub mod exact;
 mod extents;
+mod heat;
 mod interval;
 mod preimage;
 mod source;
@@ -37,6 +38,7 @@ pub use capture::{Capture, Captured, Step};
 pub use choice::{Asked, Choice, Unmet, choose};
 pub use diff::{DIFF_GAP, diff};
 pub use extents::{Extent, ExtentSet};
+pub use heat::Heat;
 pub use interval::Interval;
 pub use preimage::{Full, NoRoom, PreImages, WhenFull};
 pub use source::Source;
@@ -44,9 +46,10 @@ pub use twin::Twin;
 
 use std::sync::Arc;
 
+use crate::limits;
 use crate::sys::SysError;
 use crate::sys::behaviour::Denied;
-use crate::units::{OutOfRange, PAGE_SIZE};
+use crate::units::{OutOfRange, PAGE_SIZE, pages_for};
 use crate::words::Mode;
 
 /// Bytes of a page, for slices.
@@ -137,6 +140,8 @@ pub enum Tracker {
     Async {
         /// The writer's mapping.
         attachment: Attachment,
+        /// Its pages that are left open, since they are written all the time.
+        heat: Heat,
     },
     /// Synchronous write-protection and cuts.
     Sync {
@@ -169,7 +174,8 @@ impl Tracker {
                 let attachment = attachment
                     .filter(|it| it.uffd.is_some() && it.pagemap.is_some())
                     .ok_or(TrackError::Incomplete)?;
-                Self::Async { attachment }
+                let heat = Heat::new(pages_for(attachment.len), limits::HOT_CAPTURES);
+                Self::Async { attachment, heat }
             }
             Mode::Sync => {
                 let attachment = attachment
@@ -198,7 +204,7 @@ impl Tracker {
     /// The writer's mapping, if there is a writing process.
     pub fn attachment(&self) -> Option<&Attachment> {
         match self {
-            Self::Async { attachment } | Self::Sync { attachment, .. } => Some(attachment),
+            Self::Async { attachment, .. } | Self::Sync { attachment, .. } => Some(attachment),
             Self::Manual { attachment } | Self::Compare { attachment } => attachment.as_ref(),
         }
     }
@@ -206,7 +212,7 @@ impl Tracker {
     /// Gives the attachment up; what is left compares.
     pub fn take_attachment(&mut self) -> Option<Attachment> {
         match std::mem::replace(self, Self::Compare { attachment: None }) {
-            Self::Async { attachment } | Self::Sync { attachment, .. } => Some(attachment),
+            Self::Async { attachment, .. } | Self::Sync { attachment, .. } => Some(attachment),
             Self::Manual { attachment } | Self::Compare { attachment } => attachment,
         }
     }
@@ -214,8 +220,40 @@ impl Tracker {
     /// The mapping that is to be write-protected, in the mode that does so.
     fn armable(&self) -> Option<&Attachment> {
         match self {
-            Self::Async { attachment } => Some(attachment),
+            Self::Async { attachment, .. } => Some(attachment),
             _ => None,
+        }
+    }
+
+    /// Which pages are left open; in mode `async`.
+    pub fn heat(&self) -> Option<&Heat> {
+        match self {
+            Self::Async { heat, .. } => Some(heat),
+            _ => None,
+        }
+    }
+
+    /// Captures in a row after which a page is left open, from now on; 0 for never.
+    /// Without effect in other modes than `async`.
+    pub fn set_hot_after(&mut self, captures: u64) {
+        if let Self::Async { heat, .. } = self {
+            heat.set_after(captures);
+        }
+    }
+
+    /// Pages that were just armed are not open any more.
+    fn forget_heat(&mut self, pages: std::ops::Range<u64>) {
+        if let Self::Async { heat, .. } = self {
+            heat.forget(pages);
+        }
+    }
+
+    /// Notes whether a page that was reported had changed; whether that is news.
+    fn note_compared(&mut self, page: u64, changed: bool) -> bool {
+        match self {
+            // An open page is reported whether or not it was written.
+            Self::Async { heat, .. } => !heat.compared(page, changed) || changed,
+            _ => true,
         }
     }
 }
