@@ -23,7 +23,6 @@ use super::timers::Timer;
 use super::tracked::Tracked;
 use crate::limits;
 use crate::region::Control;
-use crate::sys::pagemap::Then;
 use crate::track::{self, Tracker};
 use crate::units::PAGE_SIZE;
 use crate::wire::control::AuditStatus;
@@ -273,9 +272,9 @@ impl Tracked {
         let (start, end) = (attachment.base + from, attachment.base + to);
         let answer = pagemap.tracked_bytes(start, end);
         if !self.audit.watch.stored {
-            let mut first = Vec::new();
-            let scan = pagemap.scan_written(start, end, &mut first, 1, 1, Then::Leave);
-            self.audit.watch.stored = scan.is_ok() && !first.is_empty();
+            self.audit.watch.stored = self
+                .tracker
+                .is_stored_to(from..to, &self.twin, &self.source);
         }
         let finding = match answer {
             Ok(tracked) if tracked >= to - from => None,

@@ -140,6 +140,44 @@ impl Audit {
     }
 }
 
+impl Tracker {
+    /// Whether something was stored to `bytes`, whole pages, that no capture has taken;
+    /// in mode `async`. Looks at up to 64 ranges; pages that are left open are reported
+    /// without a store too, and so are compared with the twin.
+    pub fn is_stored_to(&self, bytes: Range<u64>, twin: &Twin, source: &Source) -> bool {
+        const RANGES: usize = 64;
+        let Self::Async { attachment, heat } = self else {
+            return false;
+        };
+        let Some(pagemap) = &attachment.pagemap else {
+            return false;
+        };
+        let (start, end) = (attachment.base + bytes.start, attachment.base + bytes.end);
+        let mut found = Vec::new();
+        let most = 4 * RANGES as u64;
+        let scan = pagemap.scan_written(start, end, &mut found, RANGES, most, Then::Leave);
+        scan.is_ok()
+            && found.iter().any(|range| {
+                let pages =
+                    page_of(range.start - attachment.base)..page_of(range.end - attachment.base);
+                pages
+                    .into_iter()
+                    .any(|page| !heat.is_hot(page) || differs(source, twin, page))
+            })
+    }
+}
+
+/// Whether an allocated page differs from the twin; one that cannot be read does not.
+fn differs(source: &Source, twin: &Twin, page: u64) -> bool {
+    if page * PAGE_SIZE >= twin.size() {
+        return false;
+    }
+    let known = twin.page(page);
+    let mut bytes = [0; PAGE];
+    let bytes = &mut bytes[..known.len()];
+    source.copy(page * PAGE_SIZE, bytes).is_ok() && bytes != known
+}
+
 /// The first of `pages` that was not written since it was armed, and how many there are.
 fn unseen(tracker: &Tracker, pages: &[u64]) -> Result<Option<(u64, u64)>, TrackError> {
     let attachment = match tracker {

@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use proptest::prelude::*;
 
 use super::*;
+use crate::limits;
 use crate::shm::SharedMemory;
 use crate::sys::map::{Access, Mapping};
 use crate::sys::pagemap::Then;
@@ -78,6 +79,10 @@ impl Bench {
         }
     }
 
+    fn hot_pages(&self) -> u64 {
+        self.tracker.heat().unwrap().pages()
+    }
+
     fn dirty(&mut self, marks: Vec<Range<u64>>) -> Captured {
         let capture = Capture::dirty(&self.tracker, marks);
         self.run(capture)
@@ -115,6 +120,7 @@ fn follows_random_writes(mode: Mode, rounds: Vec<(Writes, bool)>) -> Result<(), 
     let Some(mut bench) = Bench::new(SIZE, mode) else {
         return Ok(());
     };
+    bench.tracker.set_hot_after(1);
     let mut replica = vec![0; SIZE as usize];
     for (writes, full) in rounds {
         let mut marks = Vec::new();
@@ -188,6 +194,87 @@ fn four_bytes_are_four_bytes_and_the_same_value_is_nothing() {
     assert_eq!(bench.dirty(Vec::new()).dirty_pages, 0);
 }
 
+#[test]
+fn a_page_written_each_time_is_left_open_and_armed_again_when_it_rests() {
+    let Some(mut bench) = Bench::new(8 * MIB, Mode::Async) else {
+        return;
+    };
+    let hot = [3 * PAGE_SIZE, 5 * MIB];
+    for round in 1..=limits::HOT_CAPTURES + 3 {
+        for page in hot {
+            bench.writer.write(page, &round.to_le_bytes()).unwrap();
+        }
+        // Beside each a page that is cold.
+        bench.writer.write(round * 7 * PAGE_SIZE, &[1]).unwrap();
+        let captured = bench.dirty(Vec::new());
+        assert_eq!((captured.dirty_pages, captured.extents.bytes()), (3, 3));
+        let expected = if round >= limits::HOT_CAPTURES { 2 } else { 0 };
+        assert_eq!(bench.hot_pages(), expected, "after {round} captures");
+        assert!(bench.live() == bench.twin[..]);
+    }
+    for left in [2, 2, 0] {
+        let captured = bench.dirty(Vec::new());
+        assert!(captured.extents.is_empty(), "nothing was stored");
+        assert_eq!(bench.hot_pages(), left);
+    }
+    assert_eq!(bench.dirty(Vec::new()).dirty_pages, 0, "all is armed");
+    bench.writer.write(hot[1], &[9]).unwrap();
+    assert_eq!(bench.dirty(Vec::new()).extents.bytes(), 1);
+}
+
+#[test]
+fn whoever_does_not_compare_hot_pages_loses_their_stores() {
+    let Some(mut bench) = Bench::new(MIB, Mode::Async) else {
+        return;
+    };
+    bench.tracker.set_hot_after(1);
+    bench.writer.write(5000, &[1]).unwrap();
+    bench.dirty(Vec::new());
+    assert_eq!(bench.hot_pages(), 1);
+    bench.writer.write(5000, &[2]).unwrap();
+    // As a control: arming alone, as if a page that is open had not been written.
+    bench.tracker.attachment().unwrap().arm().unwrap();
+    assert!(bench.dirty(Vec::new()).extents.is_empty());
+    assert_ne!(bench.live(), bench.twin[..], "the store is lost");
+    bench.run(Capture::full());
+    assert_eq!(bench.hot_pages(), 0, "what is armed is not hot");
+    assert!(bench.live() == bench.twin[..]);
+}
+
+#[test]
+fn many_cold_runs_between_few_hot_pages_are_armed_too() {
+    let Some(mut bench) = Bench::new(4 * MIB, Mode::Async) else {
+        return;
+    };
+    bench.tracker.set_hot_after(2);
+    let hot = [0, 300, 511, 512, 700];
+    for round in 1..=6u64 {
+        for page in hot {
+            bench
+                .writer
+                .write(page * PAGE_SIZE, &[round as u8])
+                .unwrap();
+        }
+        // Every other page, now and then: more runs than gaps between hot pages.
+        if round % 3 == 0 {
+            for page in (1..1024).step_by(2) {
+                bench
+                    .writer
+                    .write(page * PAGE_SIZE, &[round as u8])
+                    .unwrap();
+            }
+        }
+        bench.dirty(Vec::new());
+        assert!(bench.live() == bench.twin[..]);
+        let expected = if round >= 2 { 5 } else { 0 };
+        assert_eq!(bench.hot_pages(), expected, "round {round}");
+    }
+    bench.tracker.set_hot_after(0);
+    bench.dirty(Vec::new());
+    assert_eq!(bench.hot_pages(), 0, "switched off");
+    assert_eq!(bench.dirty(Vec::new()).dirty_pages, 0, "and armed");
+}
+
 /// The order that loses stores, as a control: copying before protecting.
 #[test]
 fn copying_before_the_scan_loses_a_store_and_scanning_first_does_not() {
@@ -229,24 +316,38 @@ fn copying_before_the_scan_loses_a_store_and_scanning_first_does_not() {
 
 #[test]
 fn a_writer_that_never_pauses_is_followed_to_its_last_store() {
-    let Some(mut bench) = Bench::new(4 * MIB, Mode::Async) else {
+    follow_to_the_last_store(limits::HOT_CAPTURES, 4 * MIB);
+}
+
+#[test]
+fn so_is_one_whose_pages_get_hot_and_cold_all_the_time() {
+    follow_to_the_last_store(1, 16 * MIB);
+    follow_to_the_last_store(2, 16 * MIB);
+}
+
+/// One thread stores all over a region, half of it to 64 pages, while captures go on.
+fn follow_to_the_last_store(hot_after: u64, size: u64) {
+    let Some(mut bench) = Bench::new(size, Mode::Async) else {
         return;
     };
+    bench.tracker.set_hot_after(hot_after);
     let writer = bench.writer.clone();
     let thread = std::thread::spawn(move || {
         let mut x = 1u64;
-        for _ in 0..200_000 {
+        for store in 0..200_000 {
             x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
-            let at = (x >> 33) % (4 * MIB - 8) / 8 * 8;
+            let span = if store % 2 == 0 { size } else { 64 * PAGE_SIZE };
+            let at = (x >> 33) % (span - 8) / 8 * 8;
             writer.write(at, &x.to_le_bytes()).unwrap();
         }
     });
-    let mut replica = vec![0; 4 * MIB as usize];
-    let mut rounds = 0;
+    let mut replica = vec![0; size as usize];
+    let (mut rounds, mut hottest) = (0, 0);
     loop {
         let over = thread.is_finished();
         let captured = bench.dirty(Vec::new());
         apply(&mut replica, &captured.extents, &bench.twin);
+        hottest = hottest.max(bench.hot_pages());
         rounds += 1;
         if over {
             break;
@@ -254,6 +355,7 @@ fn a_writer_that_never_pauses_is_followed_to_its_last_store() {
     }
     thread.join().unwrap();
     assert!(rounds > 1);
+    assert!(hottest > 0 || hot_after > 2, "no page got hot");
     assert!(replica == bench.live());
 }
 

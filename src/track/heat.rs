@@ -144,7 +144,11 @@ impl Heat {
         }
         let in_a_row = cell.count > 0 && cell.capture == self.capture.wrapping_sub(1);
         cell.capture = self.capture;
-        cell.count = if in_a_row { cell.count.saturating_add(1).min(MOST) } else { 1 };
+        cell.count = if in_a_row {
+            cell.count.saturating_add(1).min(MOST)
+        } else {
+            1
+        };
         if u64::from(cell.count) < self.after || self.after == 0 {
             return false;
         }
@@ -213,7 +217,10 @@ mod tests {
     fn pages_get_hot_in_a_row_only_and_cool_when_nothing_changes() {
         let mut heat = Heat::new(3 * SPAN_PAGES, 3);
         let page = SPAN_PAGES + 7;
-        for (round, reported) in [true, true, false, true, true, true].into_iter().enumerate() {
+        for (round, reported) in [true, true, false, true, true, true]
+            .into_iter()
+            .enumerate()
+        {
             heat.begin();
             let hot = reported && heat.reported(page);
             assert_eq!(hot, round == 5, "round {round}");
