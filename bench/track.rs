@@ -5,8 +5,11 @@
 //! | `first-store` | the bare kernel's fault, mprotect + SIGSEGV, no tracking | <= 1.1x, >= 4x less |
 //! | `find-100-of-1GiB` | bare `PAGEMAP_SCAN`, comparing 1 GiB | <= 1.2x, >= 100x less |
 //! | `capture` | memcpy of the same pages, cold | >= 0.4x its speed sparse, >= 0.25x all bytes |
+//! | `hot-store` | the page armed again at each capture | >= 10x less |
+//! | `throughput-random`, by pause between captures | the same stores untracked | >= 0.7x at the default |
 //! | `sync-fault` | a bare thread that reads faults and lifts, same cores | <= 1.15x |
 //! | `sync-stall`: longest store during a cut | one bare pass over everything | 1 GiB, 3 % hot: >= 8x less |
+//! | `sync-cut`: a cut of 1 GiB | one of 64 MiB with as many pages dirtied | <= 2x |
 //! | `clean-scan-1GiB`, `idle` | a bare scan, a node without regions | none |
 #![allow(
     unsafe_code,
@@ -20,6 +23,8 @@ mod find;
 #[path = "track/first_store.rs"]
 mod first_store;
 mod harness;
+#[path = "track/hot.rs"]
+mod hot;
 #[path = "track/idle.rs"]
 mod idle;
 #[path = "track/memory.rs"]
@@ -28,6 +33,8 @@ mod memory;
 mod segv;
 #[path = "track/sync.rs"]
 mod sync;
+#[path = "track/throughput.rs"]
+mod throughput;
 #[path = "track/tracked.rs"]
 mod tracked;
 
@@ -43,8 +50,11 @@ fn main() -> std::process::ExitCode {
         group(first_store::CASES, first_store::run),
         group(find::CASES, find::run),
         group(capture::CASES, capture::run),
+        group(hot::CASES, hot::run),
+        group(throughput::CASES, throughput::run),
         group(sync::FAULT_CASES, sync::run_faults),
         group(sync::STALL_CASES, sync::run_stalls),
+        group(sync::CUT_CASES, sync::run_cuts),
         group(idle::CASES, idle::run),
     ];
     let roles = [Role {

@@ -26,6 +26,10 @@ use crate::memory::Memory;
 const FAULT: &str = "sync-fault/bare-kernel";
 const HOT: &str = "sync-stall/1GiB-hot-3%";
 
+const CUT: &str = "sync-cut/1GiB-like-64MiB";
+
+pub(crate) const CUT_CASES: &[&str] = &[CUT];
+
 pub(crate) const FAULT_CASES: &[&str] = &[FAULT];
 
 /// Size, pages dirtied per thousand, name.
@@ -203,7 +207,7 @@ fn serve_bare(uffd: &Arc<BareUffd>, stop: &Arc<AtomicBool>) -> JoinHandle<std::i
 }
 
 /// Gives all cores back: later cases choose for themselves.
-fn pin_anywhere() -> anyhow::Result<()> {
+pub(crate) fn pin_anywhere() -> anyhow::Result<()> {
     let mut all = nix::sched::CpuSet::new();
     for core in 0..std::thread::available_parallelism()?.get().max(2) {
         all.set(core)?;
@@ -353,4 +357,46 @@ pub(crate) fn run_stalls(options: &Options) -> anyhow::Result<Vec<Outcome>> {
         pin_anywhere()?;
     }
     Ok(outcomes)
+}
+
+/// Microseconds from asking for a cut to its answer, with `dirty` pages stored to before.
+fn cut_us(region: &mut Region, dirty: u64, value: u64) -> anyhow::Result<f64> {
+    let mut pages = scattered(region.region.size() / PAGE_SIZE);
+    pages.truncate(dirty as usize);
+    for page in pages {
+        region
+            .region
+            .write(page * PAGE_SIZE + 16, &value.to_le_bytes())?;
+    }
+    let before = region.region.control().epoch();
+    let started = Instant::now();
+    let epoch = region.control.cut("sync")?;
+    let took = started.elapsed().as_nanos() as f64 / 1e3;
+    ensure!(epoch > before, "the stores were not found");
+    Ok(took)
+}
+
+/// A cut costs what was dirtied: 16 times the size, the same pages dirtied.
+pub(crate) fn run_cuts(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    let large = options.pick(256 * MIB, GIB);
+    let dirty = 64 * MIB / PAGE_SIZE / 10;
+    pin_to_cpu(NODE_CORE).context("this case needs two cores")?;
+    let mut regions = [Region::new(large)?, Region::new(64 * MIB)?];
+    let rounds = Rounds::run(options, 2, |variant, round| {
+        cut_us(&mut regions[variant], dirty, round as u64 + 1)
+    })?;
+    for region in regions {
+        region.end()?;
+    }
+    pin_anywhere()?;
+    Ok(vec![
+        Outcome::times(
+            CUT,
+            "us",
+            rounds.of(0),
+            ("a cut of 64 MiB, as many pages dirtied", rounds.of(1)),
+        )
+        .goal(Goal::AtMost(2.0))
+        .note(format!("{dirty} pages, scattered over {} MiB", large / MIB)),
+    ])
 }

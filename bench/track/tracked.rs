@@ -24,6 +24,11 @@ pub(crate) struct Tracked {
     pre: PreImages,
 }
 
+fn never_hot(mut tracker: Tracker) -> Tracker {
+    tracker.set_hot_after(0);
+    tracker
+}
+
 impl Tracked {
     /// `pages` pages, captured once and armed.
     pub(crate) fn new(pages: u64) -> anyhow::Result<Self> {
@@ -38,13 +43,23 @@ impl Tracked {
         let mut tracked = Self {
             memory,
             twin: Twin::new(size)?,
-            tracker: Tracker::new(Mode::Async, Some(attachment))?,
+            tracker: never_hot(Tracker::new(Mode::Async, Some(attachment))?),
             source,
             pre: PreImages::new(size, size),
         };
         tracked.finish(Capture::full(), |_| {})?;
         tracked.verify_all()?;
         Ok(tracked)
+    }
+
+    /// Captures in a row after which a page is left open; none ever is at first, since
+    /// most cases are about what finding and arming costs.
+    pub(crate) fn set_hot_after(&mut self, captures: u64) {
+        self.tracker.set_hot_after(captures);
+    }
+
+    pub(crate) fn hot_pages(&self) -> u64 {
+        self.tracker.heat().map_or(0, |heat| heat.pages())
     }
 
     /// A capture of what was stored, and the time it took.

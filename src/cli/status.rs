@@ -10,7 +10,7 @@ use super::output::{Align, Output, about, grouped, table};
 use crate::client::Node;
 use crate::sys::process::realtime_ns;
 use crate::units::ByteSize;
-use crate::wire::control::{AuditStatus, ExactStatus, NodeStatus, RegionStatus, Role};
+use crate::wire::control::{AuditStatus, ExactStatus, HotStatus, NodeStatus, RegionStatus, Role};
 
 /// Shows the whole node.
 pub(super) fn run(report: Report, node: &NodeAt) -> anyhow::Result<()> {
@@ -161,6 +161,18 @@ fn audit_text(audit: &AuditStatus) -> String {
     }
 }
 
+/// `12 (0.3 %), written in 4 captures in a row`.
+fn hot_text(hot: &HotStatus) -> String {
+    match hot.after {
+        0 => format!("{}, none from now on", grouped(hot.pages)),
+        after => format!(
+            "{} ({:.1} %), written in {after} captures in a row",
+            grouped(hot.pages),
+            100.0 * hot.share
+        ),
+    }
+}
+
 /// All about one region.
 pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::Result<()> {
     out.table(&pairs([
@@ -194,6 +206,7 @@ pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::R
         ("full compares", grouped(region.full_compares)),
         ("last loss", dash(region.last_loss.as_deref())),
         ("audit", dash(region.audit.as_ref().map(audit_text))),
+        ("hot pages", dash(region.hot.as_ref().map(hot_text))),
         ("readers", region.readers.to_string()),
     ]))?;
     if !region.losses.is_empty() {
@@ -242,14 +255,6 @@ fn print_exact(out: &mut Output, exact: &ExactStatus) -> anyhow::Result<()> {
             ),
         ),
         ("voided", grouped(exact.voided)),
-        (
-            "hot pages",
-            format!(
-                "{} (dirty in {} cuts in a row)",
-                grouped(exact.hot_pages),
-                exact.hot_after
-            ),
-        ),
     ]))?;
     Ok(())
 }

@@ -26,6 +26,8 @@ pub struct Tunables {
     pub mark_max_delay: Duration,
     /// Time in which the audit compares a region whole.
     pub audit_period: Duration,
+    /// Captures in a row after which a page of an `async` region is left open; 0 for never.
+    pub hot_after: u64,
     /// Regions of other nodes to follow.
     pub follow: Vec<FollowSpec>,
 }

@@ -98,6 +98,7 @@ impl Engine {
         let writer_pid = attachment.pidfd.pid().ok();
         let mut tracker = Tracker::new(offer.mode, Some(attachment))
             .map_err(|e| Refusal::failed("tracking cannot be taken over", &e))?;
+        tracker.set_hot_after(self.settings.tunables.hot_after);
         let memory = SharedMemory::new(memory);
         let faults = self.start_faults(&mut tracker, &memory)?;
         let own_bounds = (offer.interval_min_us, offer.interval_max_us);
@@ -287,6 +288,9 @@ impl Engine {
             }) = self.regions.get_mut(key)
             {
                 tracked.interval = interval;
+                tracked
+                    .tracker
+                    .set_hot_after(self.settings.tunables.hot_after);
             }
         }
     }

@@ -9,8 +9,10 @@ use crate::limits;
 use crate::replicate::ShipperStatus;
 use crate::sys::process::rss_bytes;
 use crate::track::Audit;
-use crate::units::PAGE_SIZE;
-use crate::wire::control::{AuditStatus, ExactStatus, NodeStatus, RegionStatus, ReplicaStatus};
+use crate::units::{PAGE_SIZE, pages_for};
+use crate::wire::control::{
+    AuditStatus, ExactStatus, HotStatus, NodeStatus, RegionStatus, ReplicaStatus,
+};
 use crate::words::{EpochKind, Generation, Mode};
 
 /// Why a region that the node holds has no mode.
@@ -143,6 +145,7 @@ impl RegionEntry {
             last_loss: self.statistics.last_loss.clone(),
             losses: self.statistics.losses.status(),
             audit,
+            hot: self.hot_status(),
             exact: self.exact_status(),
             readers: self.readers.len() as u64,
             source,
@@ -169,6 +172,22 @@ impl RegionEntry {
 }
 
 impl RegionEntry {
+    fn hot_status(&self) -> Option<HotStatus> {
+        let Body::Tracked(tracked) = &self.body else {
+            return None;
+        };
+        let (pages, after) = match (&tracked.faults, tracked.tracker.heat()) {
+            (Some(faults), _) => (faults.board().stats().hot_pages, limits::HOT_CUTS),
+            (None, Some(heat)) => (heat.pages(), heat.after()),
+            _ => return None,
+        };
+        Some(HotStatus {
+            pages,
+            share: pages as f64 / pages_for(self.size).max(1) as f64,
+            after,
+        })
+    }
+
     fn exact_status(&self) -> Option<ExactStatus> {
         let Body::Tracked(tracked) = &self.body else {
             return None;

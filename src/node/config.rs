@@ -11,6 +11,7 @@
 //! interval_max_us = 20000
 //! mark_max_delay_us = 5000
 //! audit_period_ms = 60000
+//! hot_after = 4
 //! staging_budget = "512MiB"
 //! log = "info"
 //! ```
@@ -158,6 +159,9 @@ pub struct NodeConfig {
     pub mark_max_delay_us: u64,
     /// Time in which the audit compares each region with its twin, in milliseconds.
     pub audit_period_ms: u64,
+    /// Captures in a row in which a page of an `async` region is written before it is
+    /// left open and compared at each capture; 0 for never.
+    pub hot_after: u64,
     /// Bytes of updates staged at once over all replicas; worst-case memory of staging.
     #[serde(deserialize_with = "byte_size")]
     pub staging_budget: u64,
@@ -180,6 +184,7 @@ impl Default for NodeConfig {
             interval_max_us: limits::INTERVAL_MAX_US,
             mark_max_delay_us: limits::MARK_MAX_DELAY_US,
             audit_period_ms: limits::AUDIT_PERIOD_MS,
+            hot_after: limits::HOT_CAPTURES,
             staging_budget: limits::STAGING_BUDGET,
             log: "info".to_owned(),
             variables: None,
@@ -302,6 +307,11 @@ impl NodeConfig {
             ("interval_max_us", self.interval_max_us, pauses),
             ("mark_max_delay_us", self.mark_max_delay_us, pauses),
             ("audit_period_ms", self.audit_period_ms, audits),
+            (
+                "hot_after",
+                self.hot_after,
+                (0, limits::HOT_CAPTURES_CEILING),
+            ),
             ("staging_budget", self.staging_budget, staging),
         ] {
             if !(least..=most).contains(&value) {
@@ -356,6 +366,7 @@ impl NodeConfig {
             max_us: config.interval_max_us,
             mark_max_delay_us: config.mark_max_delay_us,
             audit_period_ms: config.audit_period_ms,
+            hot_after: config.hot_after,
         };
         let changed = [
             ("name", self.name != other.name),
@@ -383,7 +394,7 @@ impl NodeConfig {
     }
 }
 
-/// The times that govern capture, in microseconds.
+/// What governs capture; times in microseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Intervals {
     /// Shortest pause between two timer captures.
@@ -394,6 +405,8 @@ pub struct Intervals {
     pub mark_max_delay_us: u64,
     /// Time in which the audit gets round, in milliseconds.
     pub audit_period_ms: u64,
+    /// Captures in a row after which a page is left open.
+    pub hot_after: u64,
 }
 
 /// What differs between a running configuration and one read again.

@@ -193,10 +193,31 @@ fn region_figures(registry: &mut Registry, status: &NodeStatus) {
         "region_interval_microseconds",
         "Pause between captures",
     );
+    let hot = family(
+        registry,
+        "region_hot_pages",
+        "Pages written in so many captures in a row that they are treated apart",
+    );
+    let hot_after = family(
+        registry,
+        "region_hot_after",
+        "Captures in a row after which a page is hot",
+    );
+    let hot_share = family(
+        registry,
+        "region_hot_permille",
+        "Share of the region's pages that are hot, in thousandths",
+    );
     for region in &status.regions {
         let labels = RegionLabels {
             region: region.name.clone(),
         };
+        if let Some(figures) = region.hot {
+            hot.get_or_create(&labels).set(figures.pages);
+            hot_after.get_or_create(&labels).set(figures.after);
+            let permille = (1_000.0 * figures.share).round() as u64;
+            hot_share.get_or_create(&labels).set(permille);
+        }
         epoch.get_or_create(&labels).set(region.epoch);
         size.get_or_create(&labels).set(region.size);
         resident.get_or_create(&labels).set(region.resident_bytes);

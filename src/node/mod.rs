@@ -273,6 +273,7 @@ fn tunables(config: &NodeConfig) -> Tunables {
         interval_max: Duration::from_micros(config.interval_max_us),
         mark_max_delay: Duration::from_micros(config.mark_max_delay_us),
         audit_period: Duration::from_millis(config.audit_period_ms),
+        hot_after: config.hot_after,
         follow: config.follow.clone(),
     }
 }

@@ -264,6 +264,9 @@ pub struct RegionStatus {
     /// How the audit gets on; none where everything is compared anyway, where only
     /// marks count, and for regions that nobody tracks.
     pub audit: Option<AuditStatus>,
+    /// Pages that are written all the time; of regions in mode `async` and `sync`.
+    #[serde(default)]
+    pub hot: Option<HotStatus>,
     /// What exact tracking costs; of regions in mode `sync`.
     pub exact: Option<ExactStatus>,
     /// Readers attached.
@@ -302,6 +305,19 @@ pub struct AuditStatus {
     pub position: u64,
     /// Times that the registration of the whole mapping was confirmed.
     pub mapping_rounds: u64,
+}
+
+/// Pages that were written in so many captures or cuts in a row that they are treated
+/// apart: in mode `async` left open and compared, in mode `sync` left out of what is
+/// armed before a cut's last pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct HotStatus {
+    /// Hot pages now.
+    pub pages: u64,
+    /// Their share of the region's pages, 0 to 1.
+    pub share: f64,
+    /// Captures in a row after which a page counts as hot; 0 for never.
+    pub after: u64,
 }
 
 /// What exact tracking of a region has done so far.
