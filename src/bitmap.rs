@@ -23,6 +23,16 @@ impl Bitmap {
         }
     }
 
+    /// Raises the bound to `len`; a lower one changes nothing.
+    pub fn grow(&mut self, len: u64) {
+        if len > self.len {
+            let words = usize::try_from(len.div_ceil(64));
+            self.words
+                .resize(words.expect("a bitmap fits in the address space"), 0);
+            self.len = len;
+        }
+    }
+
     /// The bound that all members lie below.
     pub fn len(&self) -> u64 {
         self.len

@@ -172,6 +172,9 @@ pub enum RegionCommand {
         /// Its size, for example 4096, 64MiB or 1.5GiB
         #[arg(long)]
         size: ByteSize,
+        /// Greatest size that `region grow` may give it [default: its size]
+        #[arg(long, value_name = "SIZE")]
+        max_size: Option<ByteSize>,
         /// Lets other nodes follow it
         #[arg(long)]
         shared: bool,
@@ -179,6 +182,17 @@ pub enum RegionCommand {
         /// Modes are for regions that programs write
         #[arg(long, value_name = "MODE")]
         mode: Option<Mode>,
+        /// How it is printed.
+        #[command(flatten)]
+        report: Report,
+    },
+    /// Makes a region that the node holds longer, as one epoch; what is new is zero
+    Grow {
+        /// Name of the region
+        name: RegionName,
+        /// Its size from now on, no more than the --max-size that it was made with
+        #[arg(long)]
+        size: ByteSize,
         /// How it is printed.
         #[command(flatten)]
         report: Report,

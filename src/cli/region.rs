@@ -39,12 +39,24 @@ pub(super) fn run(command: RegionCommand, node: &NodeAt) -> anyhow::Result<()> {
         RegionCommand::Create {
             name,
             size,
+            max_size,
             shared,
             mode,
             report,
         } => {
             check_held_mode(mode)?;
-            create(report, node, &name, size, shared, mode)
+            let sizes = (size, max_size.unwrap_or(size));
+            create(report, node, &name, sizes, shared, mode)
+        }
+        RegionCommand::Grow { name, size, report } => {
+            let mut node = Node::connect(node.path())?;
+            node.grow_held(name.as_str(), size.0)
+                .with_context(|| format!("growing region {name}"))?;
+            say(
+                report,
+                &json!({ "region": name, "size": size.0 }),
+                format_args!("{name} has {size}"),
+            )
         }
         RegionCommand::List(report) => list(report, node),
         RegionCommand::Show { name, report } => show(report, node, &name),
@@ -117,12 +129,12 @@ fn create(
     report: Report,
     node: &NodeAt,
     name: &RegionName,
-    size: ByteSize,
+    (size, max_size): (ByteSize, ByteSize),
     shared: bool,
     mode: Option<Mode>,
 ) -> anyhow::Result<()> {
     let mut node = Node::connect(node.path())?;
-    node.create_held(name.as_str(), size.0, shared)
+    node.create_held_with_room(name.as_str(), size.0, max_size.0, shared)
         .with_context(|| format!("creating region {name} of {size}"))?;
     let region = region_status(&mut node, name)?;
     done(report, &region, "created")?;

@@ -173,11 +173,21 @@ fn hot_text(hot: &HotStatus) -> String {
     }
 }
 
+/// `4 MiB`, or `4 MiB, up to 1 GiB`.
+fn size_text(region: &RegionStatus) -> String {
+    let size = ByteSize(region.size);
+    if region.max_size > region.size {
+        format!("{size}, up to {}", ByteSize(region.max_size))
+    } else {
+        size.to_string()
+    }
+}
+
 /// All about one region.
 pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::Result<()> {
     out.table(&pairs([
         ("region", region.name.clone()),
-        ("size", ByteSize(region.size).to_string()),
+        ("size", size_text(region)),
         ("resident", about(region.resident_bytes)),
         ("beside it", about(region.overhead_bytes)),
         ("role", role_name(region.role).to_owned()),

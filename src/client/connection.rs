@@ -103,12 +103,41 @@ impl Node {
     /// # Errors
     /// If the name is taken or the size is out of range.
     pub fn create_held(&mut self, name: &str, size: u64, shared: bool) -> Result<(), ClientError> {
+        self.create_held_with_room(name, size, size, shared)
+    }
+
+    /// The same for a region that [`Node::grow_held`] may give up to `max_size` bytes.
+    ///
+    /// # Errors
+    /// As for [`Node::create_held`], and if `max_size` is less than `size`.
+    pub fn create_held_with_room(
+        &mut self,
+        name: &str,
+        size: u64,
+        max_size: u64,
+        shared: bool,
+    ) -> Result<(), ClientError> {
         let request = Request::RegionCreate {
             name: name.to_owned(),
             size,
+            max_size: (max_size != size).then_some(max_size),
             shared,
         };
         self.expect_done("region create", &request, &[], &[])
+    }
+
+    /// Lengthens a region that the node holds to `size` bytes, as one epoch; what is new
+    /// is zero.
+    ///
+    /// # Errors
+    /// If there is no such region, the node does not hold it, or `size` is less than it
+    /// has or more than it was made with room for.
+    pub fn grow_held(&mut self, name: &str, size: u64) -> Result<(), ClientError> {
+        let request = Request::RegionGrow {
+            name: name.to_owned(),
+            size,
+        };
+        self.expect_done("region grow", &request, &[], &[])
     }
 
     /// Writes `bytes` at `offset` of a region that the node holds. Pieces of up to

@@ -57,7 +57,9 @@ impl Reader {
         let identity = Control::open(&control, Access::ReadOnly)?
             .identity()
             .clone();
-        if identity.name.as_str() != status.name || identity.size != status.size {
+        // An older node says nothing of growth.
+        let max_size = status.max_size.max(status.size);
+        if identity.name.as_str() != status.name || identity.max_size != max_size {
             return Err(ClientError::OtherRegion);
         }
         let reader = RegionReader::open(data, control, hold, Pulse::open(pulse)?, &identity)?;

@@ -14,7 +14,7 @@
 //! I2. While the node is away `commit` says `EngineGone`; what was stored meanwhile
 //!     is found by the first capture after the next hand-over, which compares everything.
 
-use std::ops::Deref;
+use std::ops::{Deref, RangeInclusive};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -59,6 +59,9 @@ pub struct WriterOptions {
     /// Whether the mapping is sealed for the life of the process, as
     /// [`RegionOptions::mseal`] says. Default false.
     pub mseal: bool,
+    /// Greatest size that [`Region::grow`] may give it, as [`RegionOptions::max_size`]
+    /// says. Default none: it does not grow.
+    pub max_size: Option<u64>,
 }
 
 impl Default for WriterOptions {
@@ -73,6 +76,7 @@ impl Default for WriterOptions {
             interval_max: None,
             dont_fork: true,
             mseal: false,
+            max_size: None,
         }
     }
 }
@@ -178,9 +182,12 @@ impl Writer {
             publish: options.publish,
             dont_fork: options.dont_fork,
             mseal: options.mseal,
+            max_size: options.max_size,
         };
-        let (region, resumed) = match earlier_content(&mut node, &name, size)? {
-            Some(old) => (
+        let sizes = size..=options.max_size.unwrap_or(size);
+        let (region, resumed) = match earlier_content(&mut node, &name, sizes)? {
+            // It has grown before.
+            Some((old, size)) => (
                 Region::create_from(&name, old.as_fd(), size, &region_options)?,
                 true,
             ),
@@ -191,7 +198,8 @@ impl Writer {
         let attachment = Some(attachment);
         let offer = HandOver {
             name: name.to_string(),
-            size,
+            size: region.size(),
+            max_size: options.max_size,
             mode,
             publish: options.publish,
             shared: options.shared,
@@ -236,23 +244,26 @@ impl Drop for Writer {
     }
 }
 
-/// The memory of an earlier life, if the node has one of this size.
+/// The memory of an earlier life, if the node has one of such a size.
 fn earlier_content(
     node: &mut Node,
     name: &RegionName,
-    size: u64,
-) -> Result<Option<OwnedFd>, ClientError> {
+    sizes: RangeInclusive<u64>,
+) -> Result<Option<(OwnedFd, u64)>, ClientError> {
     let request = Request::PreviousLife {
         name: name.to_string(),
     };
     match node.request(&request, &[], &[]) {
         Ok(mut answer) => match answer.response {
-            Response::PreviousLife { size: old } if old == size => answer
+            Response::PreviousLife { size: old } if sizes.contains(&old) => answer
                 .fds
                 .pop()
-                .map(Some)
+                .map(|fd| Some((fd, old)))
                 .ok_or(ClientError::Descriptors { expected: 1 }),
-            Response::PreviousLife { size: old } => Err(ClientError::Size { old, new: size }),
+            Response::PreviousLife { size: old } => Err(ClientError::Size {
+                old,
+                new: *sizes.start(),
+            }),
             other => Err(ClientError::unexpected("previous life", &other)),
         },
         Err(error) if error.refusal() == Some(RefusalCode::NotFound) => Ok(None),
@@ -291,7 +302,12 @@ impl Hand {
         ];
         fds.extend(attachment.uffd.as_ref().map(AsFd::as_fd));
         fds.extend(attachment.pagemap.as_ref().map(AsFd::as_fd));
-        let request = Request::HandOver(self.offer.clone());
+        let offer = HandOver {
+            // It may have grown since the last time.
+            size: self.region.size(),
+            ..self.offer.clone()
+        };
+        let request = Request::HandOver(offer);
         let answer = node.request(&request, &[], &fds)?;
         if !matches!(answer.response, Response::HandedOver { .. }) {
             return Err(ClientError::unexpected("hand-over", &answer.response));

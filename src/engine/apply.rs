@@ -184,11 +184,20 @@ impl Engine {
                     body: Body::Replica(replica),
                     ..
                 },
-            ) => !replica.known || entry.size != info.size,
+            ) if replica.known && entry.grows_to(replica, info) => false,
+            Some(
+                entry @ RegionEntry {
+                    body: Body::Replica(replica),
+                    ..
+                },
+            ) => {
+                let had = (replica.applier.size(), entry.max_size);
+                !replica.known || had != (info.size, info.max_size)
+            }
             _ => return Ok(()),
         };
         if differs {
-            self.reshape(region, info.size, key)?;
+            self.reshape(region, (info.size, info.max_size), key)?;
         }
         let now = self.now;
         let Some(entry) = self.regions.get_mut(region) else {
@@ -197,6 +206,9 @@ impl Engine {
         let Body::Replica(replica) = &mut entry.body else {
             return Ok(());
         };
+        // Readers hear of it with the update that brings it.
+        let grown = replica.memory.grow(info.size);
+        grown.map_err(|error| chain(&error))?;
         replica
             .applier
             .handle_info(now, info)
@@ -208,7 +220,12 @@ impl Engine {
     }
 
     /// Gives the replica memory of another size; whoever reads the old one has to join again.
-    fn reshape(&mut self, region: Key, size: u64, peer: Key) -> Result<(), String> {
+    fn reshape(
+        &mut self,
+        region: Key,
+        (size, max_size): (u64, u64),
+        peer: Key,
+    ) -> Result<(), String> {
         if size == 0 {
             return Err("the source's region has no bytes".to_owned());
         }
@@ -221,7 +238,7 @@ impl Engine {
         let (name, spec, uid) = (entry.name.clone(), replica.spec.clone(), entry.owner_uid);
         let subscription = replica.subscription;
         let mut fresh = self
-            .replica_entry(name, spec, uid, size)
+            .replica_entry(name, spec, uid, (size, max_size))
             .map_err(|refusal| refusal.message)?;
         if let Body::Replica(replica) = &mut fresh.body {
             replica.known = true;
@@ -463,6 +480,13 @@ enum Turn {
 }
 
 impl RegionEntry {
+    /// Whether what the source tells is the same life, grown as it said it might.
+    fn grows_to(&self, replica: &Replica, info: &RegionInfo) -> bool {
+        info.generation == replica.applier.generation()
+            && info.max_size == self.max_size
+            && info.size >= replica.applier.size()
+    }
+
     /// The connection to a replica's source.
     fn source_peer(&self) -> Option<Key> {
         match &self.body {
@@ -557,7 +581,8 @@ impl RegionEntry {
         let update = job.apply.update();
         self.statistics.bytes_changed += update.data_bytes;
         let mut extents = job.extents;
-        if let Some(placed) = replica.placed.take() {
+        if let Some(mut placed) = replica.placed.take() {
+            placed.grow(extents.size());
             extents.union(&placed);
         }
         let (epoch, kind, source_time_ns) = (update.epoch, update.kind, update.source_time_ns);
@@ -577,6 +602,9 @@ impl RegionEntry {
             self.generation = generation;
             self.control.set_generation(generation);
         }
+        self.size = extents.size();
+        self.control.set_size(self.size);
+        self.publication.grow(self.size);
         self.epoch = epoch;
         self.kind = kind;
         replica.busy = false;
@@ -594,7 +622,8 @@ impl RegionEntry {
             source_time_ns,
         };
         if goes_on {
-            self.publication.captured(info, &extents, &replica.memory);
+            let content = &replica.memory[..self.size as usize];
+            self.publication.captured(info, &extents, content);
         } else {
             self.publication.restart(generation, epoch);
         }

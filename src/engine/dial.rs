@@ -26,21 +26,21 @@ impl Engine {
     /// with its size once the source answers; until then it is one byte long.
     pub(super) fn follow(&mut self, spec: FollowSpec, uid: u32) -> Result<(), Refusal> {
         let name = self.free_name(spec.local.as_str())?;
-        let entry = self.replica_entry(name, spec, uid, 1)?;
+        let entry = self.replica_entry(name, spec, uid, (1, 1))?;
         let key = self.add_region(entry);
         self.dial(key);
         Ok(())
     }
 
-    /// An empty replica of `size` bytes.
+    /// An empty replica of `size` bytes that can grow to `max_size`.
     pub(super) fn replica_entry(
         &mut self,
         name: RegionName,
         spec: FollowSpec,
         uid: u32,
-        size: u64,
+        (size, max_size): (u64, u64),
     ) -> Result<RegionEntry, Refusal> {
-        let memory = OwnedMemory::create(name.as_str(), size)
+        let memory = OwnedMemory::with_room(name.as_str(), size, max_size)
             .map_err(|error| Refusal::failed("cannot make the replica's memory", &error))?;
         let data_fd = read_only(memory.fd())?;
         let budget = self.settings.staging_budget;
@@ -48,6 +48,7 @@ impl Engine {
         self.new_entry(NewEntry {
             name,
             size,
+            max_size,
             // A replica that is itself followed passes epochs on as they are.
             shared: true,
             owner_uid: uid,

@@ -56,7 +56,7 @@ impl Tracked {
         };
         let Some(asked) = self.asked.take() else {
             // Marks show what is found anyway.
-            control.drain_marks(&mut Vec::new(), self.twin.len() as u64);
+            control.drain_marks(&mut Vec::new(), control.max_size());
             let commit = control.commit_pending().map(|request| CommitSeen {
                 request,
                 guard: control.guard_state(),
@@ -89,7 +89,9 @@ impl Tracked {
             statistics.losses.note(LossKind::CutVoid, &reason);
             statistics.last_loss = Some(reason);
         }
-        let capture = match Capture::cut(std::sync::Arc::clone(faults.board()), made) {
+        let board = std::sync::Arc::clone(faults.board());
+        self.take_growth(control);
+        let capture = match Capture::cut(board, made) {
             Ok(capture) => capture,
             Err(error) => {
                 tracing::error!(error = chain(&error), "a cut cannot be captured");

@@ -37,12 +37,12 @@ impl Parts {
                 .ok_or_else(|| Refusal::invalid("a descriptor is missing"))
         };
         let (data, control, pidfd) = (next()?, next()?, next()?);
-        check_data(&data, offer.size)?;
+        check_data(&data, offer)?;
         let (uffd, pagemap) = match offer.mode {
             Mode::Async | Mode::Sync => (Some(next()?), Some(next()?)),
             _ => (None, None),
         };
-        let (base, size) = (offer.base, offer.size);
+        let (base, size) = (offer.base, offer.max_size.unwrap_or(offer.size));
         let attachment = Attachment::from_parts(offer.mode, uffd, pagemap, pidfd, base, size)
             .map_err(|e| {
                 Refusal::invalid(format!("tracking cannot be taken over: {}", chain(&e)))
@@ -87,27 +87,34 @@ pub(super) fn check_writer(attachment: &Attachment, peer: i32) -> Result<(), Ref
     Ok(())
 }
 
-/// The control page that a writer passed, if it is one of a region of `size` bytes.
-pub(super) fn open_control(fd: &OwnedFd, size: u64) -> Result<Control, Refusal> {
+/// The control page that a writer passed, if it is one of a region of `size` bytes now
+/// and `max_size` at most.
+pub(super) fn open_control(fd: &OwnedFd, size: u64, max_size: u64) -> Result<Control, Refusal> {
     let control = Control::open(fd, Access::ReadWrite).map_err(|error| {
         Refusal::invalid(format!("the control page is not one: {}", chain(&error)))
     })?;
-    let identity = control.identity();
-    if identity.size != size || identity.kind != RegionKind::Source {
+    let (now, most) = (control.size(), control.max_size());
+    let fits = now == size && most == max_size;
+    if !fits || control.identity().kind != RegionKind::Source {
         return Err(Refusal::invalid(format!(
-            "the control page tells of {} bytes, the request of {size}",
-            identity.size
+            "the control page tells of {now} bytes, {most} at most, the request of {size}, \
+             {max_size} at most"
         )));
     }
     Ok(control)
 }
 
-/// A data memfd that cannot shrink under the engine and that nobody else can write.
-fn check_data(data: &OwnedFd, size: u64) -> Result<(), Refusal> {
+/// A data memfd that cannot shrink under the engine and that nobody else can write; one
+/// that has its greatest size takes no further seals either.
+fn check_data(data: &OwnedFd, offer: &HandOver) -> Result<(), Refusal> {
+    let size = offer.size;
     let seals = memfd::seals(data).map_err(|e| {
         Refusal::invalid(format!("the first descriptor is no memfd: {}", chain(&e)))
     })?;
-    let needed = Seals::SHRINK | Seals::FUTURE_WRITE | Seals::SEAL;
+    let needed = match offer.max_size {
+        Some(max_size) if max_size > size => Seals::SHRINK | Seals::FUTURE_WRITE,
+        _ => Seals::SHRINK | Seals::FUTURE_WRITE | Seals::SEAL,
+    };
     if !seals.contains(needed) {
         return Err(Refusal::invalid(format!(
             "the data memfd has seals {seals:?}; it needs {needed:?}"

@@ -21,6 +21,8 @@ use crate::words::{EpochKind, Generation, RegionName};
 pub(super) struct RegionEntry {
     pub(super) name: RegionName,
     pub(super) size: u64,
+    /// Greatest size that it can grow to.
+    pub(super) max_size: u64,
     pub(super) shared: bool,
     pub(super) owner_uid: u32,
     pub(super) generation: Generation,

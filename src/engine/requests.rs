@@ -97,9 +97,17 @@ impl Engine {
                 Response::Status(Box::new(self.status())),
                 vec![],
             )),
-            Request::RegionCreate { name, size, shared } => self
-                .create_held(&name, size, shared, &call)
+            Request::RegionCreate {
+                name,
+                size,
+                max_size,
+                shared,
+            } => self
+                .create_held(&name, (size, max_size.unwrap_or(size)), shared, &call)
                 .map(|()| done()),
+            Request::RegionGrow { name, size } => {
+                self.grow_region(&name, size, &call).map(|()| done())
+            }
             Request::RegionWrite { name, offset } => {
                 self.write_held(&name, offset, &call).map(|()| done())
             }
@@ -136,19 +144,20 @@ impl Engine {
     fn create_held(
         &mut self,
         name: &str,
-        size: u64,
+        (size, max_size): (u64, u64),
         shared: bool,
         call: &Call,
     ) -> Result<(), Refusal> {
         let name = self.free_name(name)?;
-        check_size(size)?;
-        let memory = OwnedMemory::create(name.as_str(), size)
+        check_sizes(size, max_size)?;
+        let memory = OwnedMemory::with_room(name.as_str(), size, max_size)
             .map_err(|error| Refusal::failed("cannot make the region's memory", &error))?;
         let data_fd = read_only(memory.fd())?;
         let generation = Generation::random();
         let entry = self.new_entry(NewEntry {
             name,
             size,
+            max_size,
             shared,
             owner_uid: call.peer.uid,
             generation,
@@ -166,6 +175,7 @@ impl Engine {
             name: new.name.clone(),
             id: RegionId::random(),
             size: new.size,
+            max_size: new.max_size,
             kind: new.kind,
         };
         let (control, control_fd) = Control::create(new.name.as_str(), &identity)
@@ -192,12 +202,14 @@ impl Engine {
             .filter(|epoch| *epoch < MAX_INHERITED_EPOCH)
             .unwrap_or(0);
         let mut publication = Publication::new(handle, new.generation, epoch, new.size);
+        publication.set_max_size(new.max_size);
         // Before its first epoch a region has nothing that followers may see.
         publication.set_busy(!matches!(new.body, Body::Held(_)));
         RegionEntry {
             publication,
             name: new.name,
             size: new.size,
+            max_size: new.max_size,
             shared: new.shared,
             owner_uid: new.owner_uid,
             generation: new.generation,
@@ -241,6 +253,32 @@ impl Engine {
             .map_err(|error| Refusal::invalid(format!("cannot write to {name}: {error}")))?;
         self.apply_held(key, range, &call.payload);
         Ok(())
+    }
+
+    /// Lengthens a region that the node holds.
+    fn grow_region(&mut self, name: &str, size: u64, call: &Call) -> Result<(), Refusal> {
+        let key = self.owned_region(name, call)?;
+        let entry = self.regions.get(key).ok_or_else(|| not_found(name))?;
+        if !matches!(entry.body, Body::Held(_)) {
+            return Err(Refusal::new(
+                RefusalCode::Unsupported,
+                format!("{name} is not held by this node; whoever writes it makes it grow"),
+            ));
+        }
+        if size > entry.max_size {
+            return Err(Refusal::invalid(format!(
+                "{name} cannot grow to {size} bytes; it was made with a greatest size of {} bytes",
+                entry.max_size
+            )));
+        }
+        if size < entry.size {
+            return Err(Refusal::invalid(format!(
+                "{name} cannot shrink to {size} bytes; it has {} bytes and never gets smaller",
+                entry.size
+            )));
+        }
+        self.grow_held(key, size)
+            .map_err(|error| Refusal::failed("cannot make the region grow", &error))
     }
 
     fn remove_region(&mut self, name: &str, call: &Call) -> Result<(), Refusal> {
@@ -391,6 +429,7 @@ const MAX_INHERITED_EPOCH: u64 = 1 << 48;
 pub(super) struct NewEntry {
     pub(super) name: RegionName,
     pub(super) size: u64,
+    pub(super) max_size: u64,
     pub(super) shared: bool,
     pub(super) owner_uid: u32,
     pub(super) generation: Generation,
@@ -425,6 +464,18 @@ pub(super) fn check_size(size: u64) -> Result<(), Refusal> {
         return Err(Refusal::invalid(format!(
             "a region of {size} bytes cannot be made; sizes go from 1 byte to {}",
             ByteSize(limits::MAX_REGION_BYTES)
+        )));
+    }
+    Ok(())
+}
+
+/// A size and the greatest one that it can grow to.
+pub(super) fn check_sizes(size: u64, max_size: u64) -> Result<(), Refusal> {
+    check_size(size)?;
+    check_size(max_size)?;
+    if max_size < size {
+        return Err(Refusal::invalid(format!(
+            "a region of {size} bytes cannot have a greatest size of {max_size} bytes"
         )));
     }
     Ok(())

@@ -11,7 +11,8 @@ use super::keys::Key;
 use super::losses::{Losses, kind_of_lost, printable};
 use super::regions::{Body, RegionEntry};
 use super::requests::{
-    Call, NewEntry, Refusal, Reply, check_size, duplicate, not_found, parse_name, read_only,
+    Call, NewEntry, Refusal, Reply, check_size, check_sizes, duplicate, not_found, parse_name,
+    read_only,
 };
 use super::timers::Timer;
 use super::tracked::{Finished, Progress, Start, Tracked};
@@ -21,9 +22,9 @@ use crate::region::RegionKind;
 use crate::replicate::CaptureInfo;
 use crate::shm::SharedMemory;
 use crate::sys::map::{Access, Mapping};
-use crate::sys::memfd;
 use crate::sys::process::{EventFd, realtime_ns};
 use crate::sys::ring::Op;
+use crate::sys::{SysError, memfd};
 use crate::track::{Attachment, ExtentSet, Interval, Source, Tracker, Twin, WhenFull};
 use crate::units::{PAGE_SIZE, page_of};
 use crate::wire::control::{HandOver, RefusalCode, Response};
@@ -33,13 +34,14 @@ impl Engine {
     /// Takes over the tracking of a writer's region.
     pub(super) fn hand_over(&mut self, offer: HandOver, call: Call) -> Result<Reply, Refusal> {
         let name = parse_name(&offer.name)?;
-        check_size(offer.size)?;
+        let max_size = offer.max_size.unwrap_or(offer.size);
+        check_sizes(offer.size, max_size)?;
         let earlier = self.earlier_life(&name, &call)?;
         check_mode(offer.mode, self.behaviour)?;
         let parts = Parts::take(&offer, call.fds)?;
         check_writer(&parts.attachment, call.peer.pid)?;
         check_mapping(offer.mode, &parts.attachment)?;
-        let control = open_control(&parts.control, offer.size)?;
+        let control = open_control(&parts.control, offer.size, max_size)?;
         let doorbell = EventFd::new().map_err(|e| Refusal::failed("cannot make a doorbell", &e))?;
         let doorbell_fd = Arc::new(duplicate(&doorbell)?);
         let fds = vec![duplicate(&doorbell)?, self.pulse_fd()?];
@@ -55,6 +57,7 @@ impl Engine {
         let new = NewEntry {
             name,
             size: offer.size,
+            max_size,
             shared: offer.shared,
             owner_uid: call.peer.uid,
             generation,
@@ -93,7 +96,8 @@ impl Engine {
         attachment: Attachment,
         earlier: Option<Key>,
     ) -> Result<Tracked, Refusal> {
-        let memory = Mapping::shared(&data, offer.size, Access::ReadOnly)
+        let max_size = offer.max_size.unwrap_or(offer.size);
+        let memory = Mapping::with_room(&data, offer.size, max_size, Access::ReadOnly)
             .map_err(|error| Refusal::failed("cannot map the region", &error))?;
         let writer_pid = attachment.pidfd.pid().ok();
         let mut tracker = Tracker::new(offer.mode, Some(attachment))
@@ -103,11 +107,10 @@ impl Engine {
         let faults = self.start_faults(&mut tracker, &memory)?;
         let own_bounds = (offer.interval_min_us, offer.interval_max_us);
         let interval = self.interval_for(offer.mode, own_bounds);
-        let twin = match earlier.and_then(|key| self.take_twin(key, offer.size)) {
+        let twin = match earlier.and_then(|key| self.take_twin(key, offer.size, max_size)) {
             Some(twin) => twin,
-            None => {
-                Twin::new(offer.size).map_err(|e| Refusal::failed("no memory for the twin", &e))?
-            }
+            None => Twin::with_room(offer.size, max_size)
+                .map_err(|e| Refusal::failed("no memory for the twin", &e))?,
         };
         let source = Source::Mapped { memory, fd: data };
         let start = Start {
@@ -181,10 +184,12 @@ impl Engine {
     }
 
     /// The content that followers know, so that a new life ships only what differs.
-    fn take_twin(&mut self, key: Key, size: u64) -> Option<Twin> {
+    fn take_twin(&mut self, key: Key, size: u64, max_size: u64) -> Option<Twin> {
         let entry = self.regions.get_mut(key)?;
         match &mut entry.body {
-            Body::Tracked(tracked) if entry.size == size && !tracked.is_capturing() => {
+            Body::Tracked(tracked)
+                if (entry.size, entry.max_size) == (size, max_size) && !tracked.is_capturing() =>
+            {
                 let empty = Twin::new(size).ok()?;
                 Some(std::mem::replace(&mut tracked.twin, empty))
             }
@@ -249,6 +254,7 @@ impl Engine {
         let entry = self.new_entry(NewEntry {
             name,
             size,
+            max_size: size,
             shared,
             owner_uid: call.peer.uid,
             generation: Generation::random(),
@@ -472,6 +478,9 @@ impl Engine {
             self.now,
             budget,
         );
+        // From its first capture on the region is as large as its twin.
+        entry.size = tracked.twin.size();
+        entry.publication.grow(entry.size);
         let shows_nothing = entry.epoch == entry.first_epoch;
         entry
             .publication
@@ -499,12 +508,14 @@ impl Engine {
             cut,
             source_time_ns,
             cost,
+            grown,
         } = finished;
         let by_commit = request.is_some();
         entry.statistics.captured(&captured, by_commit, cost);
         // An epoch says more than the last one if bytes changed, or if it is a cut
         // and the last was not.
         let news = !captured.extents.is_empty()
+            || grown
             || entry.epoch == entry.first_epoch
             || (kind == EpochKind::Cut && entry.kind != EpochKind::Cut);
         if news {
@@ -562,21 +573,44 @@ impl Engine {
         }
     }
 
+    /// Gives a region that this node holds `size` bytes, which it has room for, as one
+    /// epoch.
+    pub(super) fn grow_held(&mut self, key: Key, size: u64) -> Result<(), SysError> {
+        let Some(entry) = self.regions.get_mut(key) else {
+            return Ok(());
+        };
+        let Body::Held(memory) = &mut entry.body else {
+            return Ok(());
+        };
+        if size <= entry.size {
+            return Ok(());
+        }
+        memory.grow(size)?;
+        entry.size = size;
+        entry.publication.grow(size);
+        self.change_held(key, 0..0, &[]);
+        Ok(())
+    }
+
     /// Writes into a region that this node holds, as one epoch.
     pub(super) fn apply_held(&mut self, key: Key, range: Range<u64>, bytes: &[u8]) {
+        if !range.is_empty() {
+            self.change_held(key, range, bytes);
+        }
+    }
+
+    fn change_held(&mut self, key: Key, range: Range<u64>, bytes: &[u8]) {
         let Some(entry) = self.regions.get_mut(key) else {
             return;
         };
         let Body::Held(memory) = &mut entry.body else {
             return;
         };
-        if range.is_empty() {
-            return;
-        }
         let pre = entry.publication.pre_images();
         save_pages(pre, memory, range.clone());
         entry.control.publish_begin();
         memory[range.start as usize..range.end as usize].copy_from_slice(bytes);
+        entry.control.set_size(entry.size);
         entry.epoch += 1;
         entry.kind = EpochKind::Cut;
         let source_time_ns = realtime_ns();

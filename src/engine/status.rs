@@ -122,6 +122,7 @@ impl RegionEntry {
         RegionStatus {
             name: self.name.to_string(),
             size: self.size,
+            max_size: self.max_size,
             resident_bytes: self.resident_bytes().unwrap_or(0),
             overhead_bytes: overhead + pre_images,
             role: self.role(),

@@ -30,6 +30,7 @@ use super::regions::Statistics;
 use crate::limits;
 use crate::region::{Control, GuardState};
 use crate::replicate::Coming;
+use crate::sys::memfd;
 use crate::sys::process::{EventFd, realtime_ns};
 use crate::track::{
     Capture, Captured, ExtentSet, Interval, PreImages, Source, Step, Tracker, Twin, WhenFull,
@@ -71,6 +72,10 @@ pub(super) struct Tracked {
     pub(super) cut_wanted: bool,
     /// The last cut that was asked for.
     last_asked: u64,
+    /// Whether the capture in progress, or the next, is the first of a greater size.
+    grown: bool,
+    /// A size that was claimed and that the file does not have: told once.
+    unfounded: u64,
 }
 
 struct Running {
@@ -116,6 +121,8 @@ pub(super) struct Finished {
     pub(super) cut: Option<u64>,
     pub(super) source_time_ns: u64,
     pub(super) cost: Duration,
+    /// Whether the region has a greater size with it.
+    pub(super) grown: bool,
 }
 
 /// What a tracked region starts with.
@@ -164,7 +171,31 @@ impl Tracked {
             asked: None,
             cut_wanted: false,
             last_asked: 0,
+            grown: false,
+            unfounded: 0,
         }
+    }
+
+    /// Takes a greater size over, if the writer told one and its file has it; from which.
+    /// In mode `sync` after the cut that is captured, so that no page of it lies behind
+    /// the size; else after the marks were taken, for the same reason.
+    fn take_growth(&mut self, control: &Control) -> Option<u64> {
+        let (claimed, old) = (control.size(), self.twin.size());
+        if self.is_file() || claimed <= old || claimed == self.unfounded {
+            return None;
+        }
+        let real = memfd::size(self.source.fd());
+        if !real.is_ok_and(|real| real >= claimed) {
+            tracing::warn!(
+                claimed,
+                "a writer tells a size that its memory does not have"
+            );
+            self.unfounded = claimed;
+            return None;
+        }
+        self.twin.grow(claimed);
+        self.grown = true;
+        Some(old)
     }
 
     pub(super) fn is_file(&self) -> bool {
@@ -252,7 +283,14 @@ impl Tracked {
     fn wanted(&self, control: &Control, now: Instant) -> bool {
         control.commit_pending().is_some()
             || self.cut_wanted
+            || (self.publish == Publish::Timer && self.has_grown(control))
             || self.due.is_some_and(|due| due <= now)
+    }
+
+    /// Whether the writer tells a size that no capture has taken over.
+    fn has_grown(&self, control: &Control) -> bool {
+        let claimed = control.size();
+        claimed > self.twin.size() && claimed != self.unfounded && !self.is_file()
     }
 
     /// Works on the region for at most `budget`.
@@ -306,7 +344,8 @@ impl Tracked {
         };
         let commit = control.commit_pending().map(seen);
         let mut marks = Vec::new();
-        control.drain_marks(&mut marks, self.twin.len() as u64);
+        control.drain_marks(&mut marks, control.max_size());
+        let grown_from = self.take_growth(control);
         let capture = match self.lost.take() {
             Some(reason) => {
                 if statistics.captures > 0 {
@@ -315,7 +354,10 @@ impl Tracked {
                 }
                 Capture::full()
             }
-            None => Capture::dirty(&self.tracker, marks),
+            None => match grown_from {
+                Some(size) => Capture::dirty(&self.tracker, marks).grown_from(size),
+                None => Capture::dirty(&self.tracker, marks),
+            },
         };
         self.due = None;
         self.capture = Some(Running {
@@ -417,6 +459,7 @@ impl Tracked {
             cut: running.capture.is_of_cut().then_some(self.last_asked),
             source_time_ns: running.source_time_ns,
             cost: running.cost,
+            grown: std::mem::take(&mut self.grown),
             captured,
         }
     }

@@ -45,8 +45,10 @@ pub struct Identity {
     pub name: RegionName,
     /// Id of this memory.
     pub id: RegionId,
-    /// Size in bytes.
+    /// Size in bytes that it was made with.
     pub size: u64,
+    /// Greatest size that it can grow to, in bytes; [`Identity::size`] if it cannot.
+    pub max_size: u64,
     /// Who writes it.
     pub kind: RegionKind,
 }
@@ -116,7 +118,7 @@ impl Control {
     /// # Errors
     /// [`RegionError::Size`]; [`RegionError::Sys`] where the kernel refuses.
     pub fn create(name: &str, identity: &Identity) -> Result<(Self, OwnedFd), RegionError> {
-        check_size(identity.size)?;
+        check_sizes(identity.size, identity.max_size)?;
         let action = sys("creating a control page");
         let fd = memfd::create(name, CONTROL_BYTES).map_err(&action)?;
         let mapping = Mapping::shared(&fd, CONTROL_BYTES, Access::ReadWrite).map_err(&action)?;
@@ -130,6 +132,8 @@ impl Control {
         mem.store(ID_REGION, &identity.id.0)?;
         mem.store(ID_NAME_LEN, &(name.len() as u32))?;
         mem.write(ID_NAME, name)?;
+        mem.store(ID_MAX_SIZE, &identity.max_size)?;
+        mem.store(SIZE, &identity.size)?;
         // A replica has nothing to show before its engine says that it is whole.
         let syncing = u32::from(identity.kind == RegionKind::Replica);
         mem.store(SYNCING, &syncing)?;
@@ -171,7 +175,8 @@ impl Control {
             _ => return Err(foreign("its kind is unknown")),
         };
         let size = mem.load::<u64>(ID_SIZE)?;
-        check_size(size)?;
+        let max_size = mem.load::<u64>(ID_MAX_SIZE)?;
+        check_sizes(size, max_size)?;
         let name_len = u64::from(mem.load::<u32>(ID_NAME_LEN)?);
         let mut name = [0; MAX_NAME_BYTES as usize];
         mem.read(ID_NAME, &mut name)?;
@@ -184,6 +189,7 @@ impl Control {
             name,
             id: RegionId(mem.load(ID_REGION)?),
             size,
+            max_size,
             kind,
         };
         Ok(Self { mem, identity })
@@ -194,9 +200,25 @@ impl Control {
         &self.identity
     }
 
-    /// Size of the region, in bytes.
+    /// Size of the region now, in bytes: a claim of whoever writes it, within the bounds
+    /// of the identity. Whether the data has so much is for the file to say.
     pub fn size(&self) -> u64 {
-        self.identity.size
+        // SYNC(size): what was stored behind the old end comes after the size; pairs
+        // with the store in `set_size`.
+        let size = self.mem.atomic_u64(SIZE).load(Ordering::Acquire);
+        size.clamp(self.identity.size, self.identity.max_size)
+    }
+
+    /// Greatest size that it can have, in bytes.
+    pub fn max_size(&self) -> u64 {
+        self.identity.max_size
+    }
+
+    /// Tells a new size; one that is less than it was is not told. Who publishes epochs
+    /// calls it between [`Control::publish_begin`] and [`Control::publish_end`].
+    pub fn set_size(&self, size: u64) {
+        // SYNC(size): the file has grown before; pairs with the load in `size`.
+        self.mem.atomic_u64(SIZE).fetch_max(size, Ordering::Release);
     }
 
     /// `epoch << 1 | busy` as it stands.
@@ -432,6 +454,16 @@ pub(super) fn wake_all(word: &AtomicU32) {
 pub(super) fn check_size(size: u64) -> Result<(), RegionError> {
     if size == 0 || size > MAX_REGION_BYTES {
         return Err(RegionError::Size { size });
+    }
+    Ok(())
+}
+
+/// A size and the greatest one that it can grow to.
+pub(super) fn check_sizes(size: u64, max_size: u64) -> Result<(), RegionError> {
+    check_size(size)?;
+    check_size(max_size)?;
+    if max_size < size {
+        return Err(RegionError::MaxSize { size, max_size });
     }
     Ok(())
 }

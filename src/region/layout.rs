@@ -10,11 +10,11 @@ use crate::units::{PAGE_SIZE, pages_for};
 /// "uffdctl" and the layout's version, as a number; stored last.
 pub(super) const MAGIC: u64 = u64::from_le_bytes(*b"uffdctl\x01");
 /// Raised with every change of this layout.
-pub(super) const LAYOUT_VERSION: u32 = 2;
+pub(super) const LAYOUT_VERSION: u32 = 3;
 
 /// Identity, written once by who creates it. Field offsets within it:
 /// layout version u32, kind u32, size u64, region id u128, length of the name u32,
-/// reserved u32, name; the magic last.
+/// reserved u32, name, greatest size u64; the magic last.
 pub(super) const IDENTITY: u64 = 0x000;
 pub(super) const ID_LAYOUT: u64 = IDENTITY;
 pub(super) const ID_KIND: u64 = IDENTITY + 0x04;
@@ -22,6 +22,7 @@ pub(super) const ID_SIZE: u64 = IDENTITY + 0x08;
 pub(super) const ID_REGION: u64 = IDENTITY + 0x10;
 pub(super) const ID_NAME_LEN: u64 = IDENTITY + 0x20;
 pub(super) const ID_NAME: u64 = IDENTITY + 0x28;
+pub(super) const ID_MAX_SIZE: u64 = ID_NAME + MAX_NAME_BYTES;
 pub(super) const ID_MAGIC: u64 = IDENTITY + 0xF8;
 
 /// Engine: what is published.
@@ -73,6 +74,9 @@ pub(super) const MARK_TAIL: u64 = 0x480;
 /// Writer raises it after setting bits, the engine clears it before taking them.
 pub(super) const MARK_OVERFLOW: u64 = 0x500;
 
+/// Who writes the data (the writer, or the engine): the size now, never less than it was.
+pub(super) const SIZE: u64 = 0x580;
+
 /// Writer: the ring's slots, {offset u64, length u64} each.
 pub(super) const MARK_RING: u64 = PAGE_SIZE;
 pub(super) const MARK_SLOT: u64 = 16;
@@ -86,12 +90,13 @@ pub(super) const MARK_BITS: u64 = 1 << 19;
 pub(super) const CONTROL_BYTES: u64 = MARK_BITMAP + MARK_BITS / 8;
 
 const _: () = {
-    assert!(ID_NAME + MAX_NAME_BYTES <= ID_MAGIC);
+    assert!(ID_MAX_SIZE + 8 <= ID_MAGIC);
     assert!(ID_MAGIC + 8 == ENGINE);
     assert!(GENERATION_HIGH + 8 <= ANSWER_LINE);
     assert!(ACKED + 8 * MAX_ACKED_SLOTS <= WRITER);
     assert!(STATISTICS + 8 * STATISTICS_WORDS <= MARK_HEAD);
-    assert!(MARK_OVERFLOW + 128 <= MARK_RING);
+    assert!(MARK_OVERFLOW + 128 <= SIZE);
+    assert!(SIZE + 128 <= MARK_RING);
     assert!(MARK_BITMAP.is_multiple_of(PAGE_SIZE));
     assert!(CONTROL_BYTES == 0x21000);
 };

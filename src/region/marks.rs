@@ -41,7 +41,7 @@ impl Control {
 
     #[cold]
     fn push_bits(&self, mark: Range<u64>) {
-        let chunk = pages_per_bit(self.size());
+        let chunk = pages_per_bit(self.max_size());
         let mut bit = page_of(mark.start) / chunk;
         let end = pages_for(mark.end).div_ceil(chunk);
         while bit < end {
@@ -84,7 +84,7 @@ impl Control {
 
     #[cold]
     fn take_bits(&self, out: &mut Vec<Range<u64>>, size: u64) {
-        let bytes_per_bit = pages_per_bit(self.size()) * PAGE_SIZE;
+        let bytes_per_bit = pages_per_bit(self.max_size()) * PAGE_SIZE;
         let first = out.len();
         for index in 0..MARK_BITS / 64 {
             let mut bits = queue::take(self.mem.atomic_u64(MARK_BITMAP + index * 8));
@@ -115,6 +115,7 @@ mod tests {
             name: "marks".parse().unwrap(),
             id: RegionId::random(),
             size,
+            max_size: size,
             kind: RegionKind::Source,
         };
         Control::create("marks-test", &identity).unwrap().0

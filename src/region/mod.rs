@@ -14,11 +14,27 @@
 //! writer and the engine both write it, and each takes what it reads there for
 //! hostile input.
 //!
-//! - I1: offsets and lengths are checked against the size in the identity, which
-//!   was copied out when the control page was opened; never against `fstat`.
+//! - I1: offsets and lengths are checked against the size that the control page tells,
+//!   copied out and bounded by the identity; never against `fstat`. A size that is new
+//!   counts once the file was seen to have so much: it never gets less (see *Growth*).
 //! - I2: no word of the control page is used to index memory before it was
 //!   copied and bounded.
 //! - I3: data is never given out as a slice: views and typed fields copy.
+//!
+//! # Growth
+//! A region with a `max_size` has address space for it from the beginning, on all sides.
+//! ```text
+//! writer   file longer -> size word -> stores behind the old end
+//! engine   capture begins: size word -> is the file so long? -> twin longer
+//!            async   armed and compared from the old end on, the pages of which may have
+//!                    been stored to before they were armed; then the scan goes on
+//!            sync    all of `max_size` is armed at the first cut; the size is read
+//!                    after the cut, so no page of the cut lies behind it
+//! replica  is told the size before the first update that has it, grows its file, and
+//!          shows the size with that update's epoch
+//! ```
+//! The data of such a region is sealed against shrinking and writing, but neither against
+//! growing nor against further seals before it has its greatest size.
 //!
 //! When the engine dies, commits fail with [`RegionError::EngineGone`] and readers
 //! with [`ReadError::SourceGone`] within a millisecond: its pulse stops.
@@ -61,6 +77,33 @@ pub enum RegionError {
     Size {
         /// Size that was asked for, in bytes.
         size: u64,
+    },
+    /// A greatest size below the size.
+    #[error("a region of {size} bytes whose greatest size is {max_size} bytes")]
+    MaxSize {
+        /// Size that was asked for, in bytes.
+        size: u64,
+        /// Greatest size that was asked for, in bytes.
+        max_size: u64,
+    },
+    /// Growth beyond the greatest size.
+    #[error(
+        "cannot grow to {size} bytes; the region was made with a greatest size of \
+         {max_size} bytes"
+    )]
+    BeyondMax {
+        /// Size that was asked for, in bytes.
+        size: u64,
+        /// Greatest size, in bytes.
+        max_size: u64,
+    },
+    /// A size below the present one.
+    #[error("cannot shrink to {size} bytes; the region has {present} bytes and never gets smaller")]
+    Shrink {
+        /// Size that was asked for, in bytes.
+        size: u64,
+        /// Size that the region has, in bytes.
+        present: u64,
     },
     /// A range that does not lie within the region.
     #[error(transparent)]

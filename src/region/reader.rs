@@ -98,11 +98,12 @@ impl RegionReader {
         if control.identity() != identity {
             return Err(foreign("its control page is that of another region"));
         }
-        let size = control.size();
+        let (size, room) = (control.size(), control.max_size());
         // Files have no seals to ask for, but for those of shared memory.
         let seals = memfd::seals(&data);
         let data = if seals.is_ok_and(|seals| seals.contains(Seals::SHRINK)) {
-            let mapping = Mapping::shared(&data, size, Access::ReadOnly).map_err(&action)?;
+            let mapping = Mapping::with_room(&data, size, room, Access::ReadOnly);
+            let mapping = mapping.map_err(&action)?;
             SparseData::new(SharedMemory::new(mapping), data, size)
         } else if identity.kind == RegionKind::Source {
             SparseData::unmapped(data, size)
@@ -122,9 +123,24 @@ impl RegionReader {
         self.control.identity()
     }
 
-    /// Size in bytes.
+    /// Size in bytes, which may grow up to [`RegionReader::max_size`]. Of a replica it is
+    /// that of the epoch shown now; inside [`RegionReader::read_at_epoch`] the view's
+    /// length says how much the epoch read has.
     pub fn size(&self) -> u64 {
-        self.data.size()
+        let claimed = self.control.size();
+        if claimed > self.data.size() {
+            // What the file does not have would be a SIGBUS; it never shrinks.
+            let real = memfd::size(self.data.fd());
+            if real.is_ok_and(|real| real >= claimed) {
+                self.data.set_size(claimed);
+            }
+        }
+        claimed.min(self.data.size())
+    }
+
+    /// Greatest size that it can grow to, in bytes.
+    pub fn max_size(&self) -> u64 {
+        self.control.max_size()
     }
 
     /// The region's present life.
@@ -150,6 +166,7 @@ impl RegionReader {
     /// # Errors
     /// [`ReadError::OutOfRange`].
     pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ReadError> {
+        self.size();
         Ok(self.data.read(offset, out)?)
     }
 
@@ -251,7 +268,7 @@ impl RegionReader {
             return Ok(None);
         };
         let (kind, syncing, source_time_ns) = self.control.epoch_words();
-        let value = (!syncing).then(|| read(View::new(&self.data, 0..self.data.size())));
+        let value = (!syncing).then(|| read(View::new(&self.data, 0..self.size())));
         if !seqlock::read_validate(word, begun) {
             return Ok(None);
         }

@@ -31,6 +31,7 @@ impl Replica {
             name: name(),
             id: RegionId::random(),
             size,
+            max_size: size,
             kind,
         };
         let (control, control_fd) = Control::create("reader-test", &identity).unwrap();

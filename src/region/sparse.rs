@@ -22,18 +22,19 @@ pub(super) struct SparseData {
     /// None where the file may shrink: a load beyond its end would kill.
     memory: Option<SharedMemory>,
     fd: OwnedFd,
-    size: u64,
+    /// Bytes that are known to be in the file; only rises.
+    size: AtomicU64,
     known: Box<[AtomicU64]>,
 }
 
 impl SparseData {
-    /// `memory` maps at least `size` bytes of `fd`.
+    /// `memory` maps the greatest size of `fd`, of which the file has `size` bytes now.
     pub(super) fn new(memory: SharedMemory, fd: OwnedFd, size: u64) -> Self {
-        let words = pages_for(size).div_ceil(64);
+        let words = pages_for(memory.len()).div_ceil(64);
         Self {
             memory: Some(memory),
             fd,
-            size,
+            size: AtomicU64::new(size),
             known: (0..words).map(|_| AtomicU64::new(0)).collect(),
         }
     }
@@ -43,7 +44,7 @@ impl SparseData {
         Self {
             memory: None,
             fd,
-            size,
+            size: AtomicU64::new(size),
             known: Box::default(),
         }
     }
@@ -57,12 +58,21 @@ impl SparseData {
     }
 
     pub(super) fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Relaxed)
+    }
+
+    /// The file has `size` bytes now. Nothing where that is no more than was known, or
+    /// more than is mapped.
+    pub(super) fn set_size(&self, size: u64) {
+        let room = self.memory.as_ref().map_or(0, SharedMemory::len);
+        if size <= room {
+            self.size.fetch_max(size, Ordering::Relaxed);
+        }
     }
 
     /// Copies live bytes.
     pub(super) fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), OutOfRange> {
-        let range = checked_range(offset, out.len() as u64, self.size)?;
+        let range = checked_range(offset, out.len() as u64, self.size())?;
         let Some(memory) = &self.memory else {
             self.read_file(offset, out);
             return Ok(());
@@ -95,7 +105,7 @@ impl SparseData {
     /// A copy of the `T` at `offset`.
     pub(super) fn load<T: FromBytes>(&self, offset: u64) -> Result<T, OutOfRange> {
         let len = size_of::<T>() as u64;
-        let range = checked_range(offset, len, self.size)?;
+        let range = checked_range(offset, len, self.size())?;
         if let Some(memory) = &self.memory
             && self.all_known(offset, range.end)
         {
@@ -106,7 +116,7 @@ impl SparseData {
         T::read_from_bytes(&bytes).map_err(|_| OutOfRange {
             offset,
             len,
-            size: self.size,
+            size: self.size(),
         })
     }
 
@@ -127,7 +137,7 @@ impl SparseData {
         if page_of(data.start) > page {
             return false;
         }
-        for page in page..pages_for(data.end.min(self.size)) {
+        for page in page..pages_for(data.end.min(self.size())) {
             let word = &self.known[(page / 64) as usize];
             word.fetch_or(1 << (page % 64), Ordering::Relaxed);
         }

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
-use super::control::check_size;
+use super::control::check_sizes;
 use super::guard::{Committer, held};
 use super::layout::{ANSWER, ANSWERED, COMMIT_REQUEST};
 use super::pulse::Waited;
@@ -16,9 +16,9 @@ use super::sparse::SparseData;
 use super::{
     Control, Epoch, Identity, Pulse, RegionError, RegionKind, Typed, View, WriteGuard, sys,
 };
-use crate::shm::SharedMemory;
+use crate::shm::{FIRST_SEALS, LAST_SEALS, SharedMemory};
 use crate::sys::map::{Access, Mapping};
-use crate::sys::memfd::{self, Seals};
+use crate::sys::memfd;
 use crate::sys::process::EventFd;
 use crate::units::{PAGE_SIZE, checked_range, page_align_up};
 use crate::words::{EpochKind, Generation, Mode, Publish, RegionId, RegionName};
@@ -42,6 +42,10 @@ pub struct RegionOptions {
     /// until the process ends, also after the region was dropped: each region made
     /// costs its pages and address space for ever.
     pub mseal: bool,
+    /// Greatest size that [`Region::grow`] may give it, in bytes; none: it does not
+    /// grow. Costs address space for it on all sides, in mode `sync` 2 MiB of page
+    /// tables per GiB too.
+    pub max_size: Option<u64>,
 }
 
 impl Default for RegionOptions {
@@ -52,6 +56,7 @@ impl Default for RegionOptions {
             publish: Publish::Timer,
             dont_fork: true,
             mseal: false,
+            max_size: None,
         }
     }
 }
@@ -100,6 +105,7 @@ pub struct Region {
     options: RegionOptions,
     /// Marks have one producer at a time.
     marks: Mutex<()>,
+    growing: Mutex<()>,
     instance: u64,
 }
 
@@ -113,29 +119,35 @@ impl Region {
     /// Makes a region of `size` zero bytes.
     ///
     /// # Errors
-    /// [`RegionError::Size`]; [`RegionError::Sys`] where the kernel refuses.
+    /// [`RegionError::Size`] and [`RegionError::MaxSize`]; [`RegionError::Sys`] where the
+    /// kernel refuses.
     pub fn create(
         name: &RegionName,
         size: u64,
         options: &RegionOptions,
     ) -> Result<Self, RegionError> {
-        check_size(size)?;
+        let max_size = options.max_size.unwrap_or(size);
+        check_sizes(size, max_size)?;
         let action = sys("creating a region");
         let memfd_name = format!("uffd-sync:{name}");
         let fd = memfd::create(&memfd_name, page_align_up(size)).map_err(&action)?;
-        let mapping = Mapping::shared(&fd, size, Access::ReadWrite).map_err(&action)?;
+        let mapping = Mapping::with_room(&fd, size, max_size, Access::ReadWrite);
+        let mapping = mapping.map_err(&action)?;
         if options.dont_fork {
             mapping.dont_fork().map_err(&action)?;
         }
         if options.mseal {
             mapping.seal().map_err(&action)?;
         }
-        let seals = Seals::FUTURE_WRITE | Seals::SHRINK | Seals::GROW | Seals::SEAL;
-        memfd::add_seals(&fd, seals).map_err(&action)?;
+        memfd::add_seals(&fd, FIRST_SEALS).map_err(&action)?;
+        if size == max_size {
+            memfd::add_seals(&fd, LAST_SEALS).map_err(&action)?;
+        }
         let identity = Identity {
             name: name.clone(),
             id: RegionId::random(),
             size,
+            max_size,
             kind: RegionKind::Source,
         };
         let (control, control_fd) = Control::create(&format!("{memfd_name}:control"), &identity)?;
@@ -151,6 +163,7 @@ impl Region {
             control_fd,
             options: *options,
             marks: Mutex::new(()),
+            growing: Mutex::new(()),
             instance: NEXT_INSTANCE.fetch_add(1, Ordering::Relaxed),
         })
     }
@@ -205,6 +218,50 @@ impl Region {
     /// Size in bytes.
     pub fn size(&self) -> u64 {
         self.data.size()
+    }
+
+    /// Greatest size that it can grow to, in bytes.
+    pub fn max_size(&self) -> u64 {
+        self.control().max_size()
+    }
+
+    /// Lengthens it to `new_size` bytes, of which those that are new are zero; nothing if
+    /// it has that size. They may be stored to as soon as this returns. The epoch that
+    /// has them is the next one: by timer soon, or that of the next commit.
+    ///
+    /// # Errors
+    /// [`RegionError::BeyondMax`] and [`RegionError::Shrink`], with both numbers;
+    /// [`RegionError::Sys`] where the kernel refuses. Nothing is changed then.
+    pub fn grow(&self, new_size: u64) -> Result<(), RegionError> {
+        let _one = self.growing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (present, max_size) = (self.size(), self.max_size());
+        if new_size > max_size {
+            return Err(RegionError::BeyondMax {
+                size: new_size,
+                max_size,
+            });
+        }
+        if new_size < present {
+            return Err(RegionError::Shrink {
+                size: new_size,
+                present,
+            });
+        }
+        if new_size == present {
+            return Ok(());
+        }
+        let action = sys("growing a region");
+        memfd::grow(self.data.fd(), page_align_up(new_size)).map_err(&action)?;
+        if new_size == max_size {
+            memfd::add_seals(self.data.fd(), LAST_SEALS).map_err(&action)?;
+        }
+        self.control().set_size(new_size);
+        self.data.set_size(new_size);
+        if let Some(link) = self.shared.link() {
+            // Growth alone is news too, and is no store that anybody would notice.
+            link.doorbell.ring();
+        }
+        Ok(())
     }
 
     /// How it is tracked and published.
@@ -287,7 +344,8 @@ impl Region {
         Ok(View::new(&self.data, range))
     }
 
-    /// The first byte, for those who know what they do: [`Region::size`] bytes are
+    /// The first byte, for those who know what they do: [`Region::size`] bytes, as it
+    /// is at the moment, are
     /// valid while the region lives. Stores through it are tracked like all others.
     pub fn as_ptr(&self) -> *mut u8 {
         self.memory().as_ptr()

@@ -412,12 +412,14 @@ fn control_pages_are_checked_before_use() {
     region.control().set_stats(&stats);
     assert_eq!(opened.stats(), stats);
 
-    let words: [(u64, u64); 6] = [
+    let words: [(u64, u64); 8] = [
         (ID_MAGIC, 0),
-        (ID_LAYOUT, 1 | 1 << 32),
-        (ID_LAYOUT, 2 | 9 << 32),
+        (ID_LAYOUT, 2 | 1 << 32),
+        (ID_LAYOUT, 3 | 9 << 32),
         (ID_SIZE, 0),
         (ID_SIZE, u64::MAX),
+        (ID_MAX_SIZE, 1),
+        (ID_MAX_SIZE, u64::MAX),
         (ID_NAME_LEN, u64::from(u32::MAX)),
     ];
     for (offset, value) in words {
@@ -427,7 +429,9 @@ fn control_pages_are_checked_before_use() {
         assert!(
             matches!(
                 refused,
-                Err(RegionError::Foreign { .. } | RegionError::Size { .. })
+                Err(RegionError::Foreign { .. }
+                    | RegionError::Size { .. }
+                    | RegionError::MaxSize { .. })
             ),
             "{offset:#x} = {value:#x}: {refused:?}"
         );

@@ -269,27 +269,35 @@ impl Applier {
     }
 
     /// Takes the source's answer to a subscription, or its news that another life of
-    /// the region has begun. An open update is dropped.
+    /// the region has begun; an open update is dropped then. Or its news that the region
+    /// has grown: the caller's memory has at least `info.size` bytes, and the next update
+    /// shows them. The same life may come back grown too.
     ///
     /// # Errors
     /// [`ApplyError::Size`] and [`ApplyError::Plan`].
     pub fn handle_info(&mut self, now: Instant, info: &RegionInfo) -> Result<(), ApplyError> {
-        if info.size != self.size {
+        let same_life = info.generation == self.generation;
+        let grows = same_life && info.size > self.size;
+        if info.size != self.size && !grows {
             return Err(ApplyError::Size {
                 source_bytes: info.size,
                 replica_bytes: self.size,
             });
         }
-        let same_life = info.generation == self.generation;
+        if info.plan == SyncPlan::Grow {
+            return self.handle_growth(info);
+        }
         let fits = match info.plan {
             SyncPlan::Resume => same_life,
             SyncPlan::Everything => self.content == Content::Zero,
             SyncPlan::Digests => true,
+            SyncPlan::Grow => false,
         };
         if !fits {
             return Err(ApplyError::Plan { plan: info.plan });
         }
         self.drop_open();
+        self.size = info.size;
         if !same_life {
             self.generation = info.generation;
             (self.have, self.head) = (None, None);
@@ -304,6 +312,21 @@ impl Applier {
         self.info = Some(*info);
         (self.lost, self.asked, self.ack_due) = (None, None, false);
         self.note_progress(now);
+        Ok(())
+    }
+
+    /// The region has another size from the next update on, which none may have begun.
+    fn handle_growth(&mut self, info: &RegionInfo) -> Result<(), ApplyError> {
+        let fits = |known: &RegionInfo| {
+            (known.handle, known.round) == (info.handle, info.round)
+                && known.generation == info.generation
+                && self.open.is_none()
+                && self.digesting.is_none()
+        };
+        if !self.info.as_ref().is_some_and(fits) {
+            return Err(ApplyError::Plan { plan: info.plan });
+        }
+        self.size = info.size;
         Ok(())
     }
 

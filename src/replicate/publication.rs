@@ -236,6 +236,7 @@ impl Publication {
                 handle,
                 generation,
                 size,
+                max_size: size,
                 epoch,
                 kind: EpochKind::Convergent,
                 source_time_ns: 0,
@@ -246,6 +247,34 @@ impl Publication {
             shippers: BTreeMap::new(),
             next_id: 1,
         }
+    }
+
+    /// The region may grow to `max_size` bytes; replicas are told when they begin.
+    pub fn set_max_size(&mut self, max_size: u64) {
+        self.shared.max_size = max_size.max(self.shared.size);
+    }
+
+    /// The region has `size` bytes from the next epoch on; what is new is zero until that
+    /// one says otherwise. Each replica is told before the first update that has them, one
+    /// that is being compared begins anew. Nothing if the size is no greater.
+    pub fn grow(&mut self, size: u64) {
+        let shared = &mut self.shared;
+        if size <= shared.size {
+            return;
+        }
+        shared.size = size;
+        shared.max_size = shared.max_size.max(size);
+        // What was made is of the size before.
+        shared.encoded = None;
+        shared.pre.grow(size);
+        for shipper in self.shippers.values_mut() {
+            shipper.grow(size, &mut shared.pre);
+        }
+    }
+
+    /// Its size, in bytes.
+    pub fn size(&self) -> u64 {
+        self.shared.size
     }
 
     /// A capture is done: `content` is the region as of `info.epoch`, and differs from
@@ -329,6 +358,7 @@ impl Publication {
         let (shipper, plan) = match resumed {
             Some(mut shipper) => {
                 (shipper.round, shipper.gone_since) = (round, None);
+                shipper.told_size = shared.size;
                 shipper.key = replica;
                 (shipper, SyncPlan::Resume)
             }

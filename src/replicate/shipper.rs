@@ -50,6 +50,7 @@ pub(super) struct Shared {
     pub(super) handle: u32,
     pub(super) generation: Generation,
     pub(super) size: u64,
+    pub(super) max_size: u64,
     pub(super) epoch: u64,
     pub(super) kind: EpochKind,
     pub(super) source_time_ns: u64,
@@ -236,6 +237,8 @@ pub(super) struct Shipper {
     digesting: Option<Digesting>,
     announce_info: bool,
     announce_epoch: bool,
+    /// The size that the replica was told last.
+    pub(super) told_size: u64,
     /// The newest epoch sent whole, or acked; `None`: the next update is WHOLE.
     shipped: Option<u64>,
     /// The newest epoch that was ever sent whole in this round's life: what an ack,
@@ -262,6 +265,7 @@ impl Shipper {
             digesting: None,
             announce_info: false,
             announce_epoch: false,
+            told_size: pending.size(),
             shipped: None,
             highest: None,
             whole_sent: None,
@@ -308,9 +312,33 @@ impl Shipper {
             round: self.round,
             generation: shared.generation,
             size: shared.size,
+            max_size: shared.max_size,
             epoch: shared.epoch,
             plan,
         }
+    }
+
+    /// The region has `size` bytes now. Digests of a part of it are of no use.
+    pub(super) fn grow(&mut self, size: u64, pre: &mut PreImages) {
+        self.pending.grow(size);
+        for update in &mut self.in_flight {
+            update.extents.grow(size);
+        }
+        if let Some(open) = &mut self.open {
+            open.extents.grow(size);
+        }
+        if self.digesting.is_some() {
+            self.restart(pre);
+        }
+    }
+
+    /// The news of a size that the replica was not told, in front of the next update.
+    fn poll_growth(&mut self, shared: &Shared) -> Option<Vec<u8>> {
+        if self.told_size == shared.size || self.open.is_some() || self.digesting.is_some() {
+            return None;
+        }
+        self.told_size = shared.size;
+        Some(self.info(shared, SyncPlan::Grow).encode())
     }
 
     /// A capture is complete: the open update of it gets its extents, else they pend.
@@ -489,6 +517,7 @@ impl Shipper {
         self.gone_since.is_none()
             && (self.announce_info
                 || self.open.is_some()
+                || self.told_size != shared.size
                 || (self.wants_update(shared) && self.window_open() && !shared.busy))
     }
 
@@ -513,11 +542,14 @@ impl Shipper {
         }
         let out = if std::mem::take(&mut self.announce_info) {
             // A restart always compares, unless there is nothing to compare.
+            self.told_size = shared.size;
             Out::Owned(self.info(shared, SyncPlan::Digests).encode())
         } else if let Some(frame) = self.poll_open(now, shared, view, spare) {
             Out::Owned(frame)
         } else if self.open.is_some() {
             return None;
+        } else if let Some(frame) = self.poll_growth(shared) {
+            Out::Owned(frame)
         } else if let Some(coming) = &view.coming
             && shared.busy
         {

@@ -578,6 +578,7 @@ fn what_the_source_may_not_claim() {
         round: 2,
         generation: Generation(9),
         size: 1 << 17,
+        max_size: 1 << 17,
         epoch: 1,
         plan: SyncPlan::Digests,
     };
@@ -708,7 +709,7 @@ proptest! {
                     generation += u128::from(wait % 2 == 0);
                     let plan = [SyncPlan::Resume, SyncPlan::Everything, SyncPlan::Digests][wait as usize % 3];
                     let info = RegionInfo {
-                        handle: 7, subscription: 1, round, generation: Generation(generation), size: SIZE, epoch: 1, plan,
+                        handle: 7, subscription: 1, round, generation: Generation(generation), size: SIZE, max_size: SIZE, epoch: 1, plan,
                     };
                     let _ = applier.handle_info(now, &info);
                 }

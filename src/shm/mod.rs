@@ -33,6 +33,7 @@ pub use lines::{Line, Lines, high_half};
 pub use memory::{SharedMemory, WriteError};
 #[cfg(not(loom))]
 pub use owned::OwnedMemory;
+pub(crate) use owned::{FIRST_SEALS, LAST_SEALS};
 #[cfg(not(loom))]
 pub use page::{Ahead, BLOCK};
 #[cfg(not(loom))]

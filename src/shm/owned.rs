@@ -14,9 +14,9 @@ use crate::units::page_align_up;
 ///
 /// Invariant I1: the memory's one writable mapping is `mapping`. It was made
 /// before anybody else had the descriptor, and the seals added right after it
-/// (`FUTURE_WRITE | SHRINK | GROW | SEAL`) forbid another one, writing by
-/// system calls, punching holes and truncating, to all, for ever. The mapping is
-/// not inherited by `fork`.
+/// (`FUTURE_WRITE | SHRINK`, and `GROW | SEAL` at its greatest length) forbid another
+/// one, writing by system calls, punching holes and shrinking, to all, for ever. The
+/// mapping is not inherited by `fork`.
 ///
 /// So a plain slice is sound. Readers in other processes see stores as they come
 /// and need a [`super::seqlock`].
@@ -25,7 +25,13 @@ pub struct OwnedMemory {
     mapping: Mapping,
     fd: OwnedFd,
     len: usize,
+    room: u64,
 }
+
+/// What nobody may do from the beginning, and what nobody may do once the memory has its
+/// greatest length: no seal can be added after `SEAL`, and none lifts `GROW`.
+pub(crate) const FIRST_SEALS: Seals = Seals::FUTURE_WRITE.union(Seals::SHRINK);
+pub(crate) const LAST_SEALS: Seals = Seals::GROW.union(Seals::SEAL);
 
 impl OwnedMemory {
     /// `len` zero bytes, of which none is allocated before it is touched. The
@@ -34,16 +40,52 @@ impl OwnedMemory {
     /// # Errors
     /// Whatever creating, mapping or sealing says; `EINVAL` if `len` is zero.
     pub fn create(name: &str, len: u64) -> Result<OwnedMemory, SysError> {
+        Self::with_room(name, len, len)
+    }
+
+    /// The same with address space for `room` bytes, to which it may [`grow`](Self::grow).
+    ///
+    /// # Errors
+    /// As for [`OwnedMemory::create`]; `EINVAL` if `room` is less than `len`.
+    pub fn with_room(name: &str, len: u64, room: u64) -> Result<OwnedMemory, SysError> {
         let fd = memfd::create(name, page_align_up(len))?;
-        let mapping = Mapping::shared(&fd, len, Access::ReadWrite)?;
+        let mapping = Mapping::with_room(&fd, len, room, Access::ReadWrite)?;
         mapping.dont_fork()?;
-        let seals = Seals::FUTURE_WRITE | Seals::SHRINK | Seals::GROW | Seals::SEAL;
-        memfd::add_seals(&fd, seals)?;
+        memfd::add_seals(&fd, FIRST_SEALS)?;
+        if len == room {
+            memfd::add_seals(&fd, LAST_SEALS)?;
+        }
         Ok(OwnedMemory {
             mapping,
             fd,
             len: len as usize,
+            room,
         })
+    }
+
+    /// Lengthens it to `len` bytes, of which those that are new are zero; nothing if it
+    /// has them. Readers see the file grow; what they are told of it is another matter.
+    ///
+    /// # Errors
+    /// `EINVAL` beyond its room; whatever lengthening the file says.
+    pub fn grow(&mut self, len: u64) -> Result<(), SysError> {
+        if len > self.room {
+            return Err(SysError::os("growing beyond the room", libc::EINVAL));
+        }
+        if len <= self.len as u64 {
+            return Ok(());
+        }
+        memfd::grow(&self.fd, page_align_up(len))?;
+        if len == self.room {
+            memfd::add_seals(&self.fd, LAST_SEALS)?;
+        }
+        self.len = len as usize;
+        Ok(())
+    }
+
+    /// The greatest length that it can have.
+    pub fn room(&self) -> u64 {
+        self.room
     }
 
     /// The memfd, to pass to readers.
@@ -70,8 +112,8 @@ impl Deref for OwnedMemory {
 
     fn deref(&self) -> &[u8] {
         // SAFETY: required: `len` readable bytes that nobody changes while the
-        // slice lives. `len` <= the mapping's length; by I1 only this object
-        // writes, and it is borrowed.
+        // slice lives. `len` is no more than the file has (`with_room`, `grow`) and
+        // than the mapping's length; by I1 only this object writes, and it is borrowed.
         unsafe { std::slice::from_raw_parts(self.mapping.as_ptr(), self.len) }
     }
 }
@@ -106,5 +148,25 @@ mod tests {
         assert!(again.is_err(), "sealed for good");
         assert_eq!(memfd::size(memory.fd()).expect("fstat"), 4 * PAGE_SIZE);
         assert!(OwnedMemory::create("owned", 0).is_err());
+    }
+
+    #[test]
+    fn it_grows_to_its_room_and_no_further() {
+        let mut memory = OwnedMemory::with_room("owned", 10, 3 * PAGE_SIZE).expect("memory");
+        let reader = Mapping::with_room(memory.fd(), 10, 3 * PAGE_SIZE, Access::ReadOnly);
+        let reader = crate::shm::SharedMemory::new(reader.expect("map"));
+        memory[9] = 1;
+        memory.grow(5).expect("it has them");
+        memory.grow(PAGE_SIZE + 1).expect("room");
+        memory[PAGE_SIZE as usize] = 2;
+        assert_eq!(reader.load::<u8>(PAGE_SIZE), Ok(2));
+        assert!(memory.grow(3 * PAGE_SIZE + 1).is_err());
+        assert_eq!(memory.len() as u64, PAGE_SIZE + 1);
+        assert!(memfd::grow(memory.fd(), PAGE_SIZE).is_err(), "no shrinking");
+        memory.grow(3 * PAGE_SIZE).expect("room");
+        let seals = memfd::seals(memory.fd()).expect("seals");
+        assert!(seals.contains(FIRST_SEALS | LAST_SEALS));
+        assert!(memfd::grow(memory.fd(), 4 * PAGE_SIZE).is_err(), "sealed");
+        assert!(memory[10..PAGE_SIZE as usize].iter().all(|byte| *byte == 0));
     }
 }

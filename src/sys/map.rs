@@ -7,8 +7,9 @@
 //! Invariants:
 //! * I1: `ptr .. ptr + len` is mapped from creation to drop, by this object alone;
 //!   a sealed mapping stays until the process ends.
-//! * I2: a mapping of a file lies within the file at creation; who shrinks an
-//!   unsealed file later gets `SIGBUS` in its readers, so what comes from a peer
+//! * I2: a mapping of a file lies within the file at creation, but for the room to
+//!   grow that was asked for, which nobody touches before the file has it; who shrinks
+//!   an unsealed file later gets `SIGBUS` in its readers, so what comes from a peer
 //!   is mapped only if it is sealed against shrinking.
 #![allow(
     unsafe_code,
@@ -62,13 +63,31 @@ impl Mapping {
     /// `EINVAL` if `len` is zero or the file, in whole pages, is shorter;
     /// `EPERM` or `EACCES` if the file's seals or mode forbid the access.
     pub fn shared(fd: impl AsFd, len: u64, access: Access) -> Result<Mapping, SysError> {
+        Self::with_room(fd, len, len, access)
+    }
+
+    /// Maps `room` bytes, of which the file has `len` now: what lies behind its end
+    /// may be touched once the file has grown to it, and is a `SIGBUS` before.
+    ///
+    /// # Errors
+    /// As for [`Mapping::shared`]; `EINVAL` if `room` is less than `len`.
+    pub fn with_room(
+        fd: impl AsFd,
+        len: u64,
+        room: u64,
+        access: Access,
+    ) -> Result<Mapping, SysError> {
         let fd = fd.as_fd();
-        let len = page_align_up(len);
+        let must_have = page_align_up(len);
+        if room < len {
+            return Err(SysError::os("mmap of less than the file", libc::EINVAL));
+        }
+        let len = page_align_up(room);
         let map_len = usize::try_from(len)
             .ok()
             .and_then(NonZeroUsize::new)
             .ok_or_else(|| SysError::os("mmap of zero bytes", libc::EINVAL))?;
-        if page_align_up(memfd::size(fd)?) < len {
+        if page_align_up(memfd::size(fd)?) < must_have {
             return Err(SysError::os(
                 "mmap beyond the end of the file",
                 libc::EINVAL,
@@ -234,8 +253,16 @@ impl PrivateMemory {
     /// # Errors
     /// `ENOMEM` if the address space or its limit (`RLIMIT_AS`) is exhausted.
     pub fn new(len: u64) -> Result<PrivateMemory, SysError> {
+        Self::with_room(len, len)
+    }
+
+    /// The same with address space for `room` bytes, to which it may [`grow`](Self::grow).
+    ///
+    /// # Errors
+    /// As for [`PrivateMemory::new`].
+    pub fn with_room(len: u64, room: u64) -> Result<PrivateMemory, SysError> {
         let too_large = || SysError::os("mmap of private memory", libc::ENOMEM);
-        let mapped = page_align_up(len).max(PAGE_SIZE);
+        let mapped = page_align_up(len.max(room)).max(PAGE_SIZE);
         let slack = if mapped >= HUGE_PAGE { HUGE_PAGE } else { 0 };
         let asked = mapped
             .checked_add(slack)
@@ -275,6 +302,12 @@ impl PrivateMemory {
         };
         memory.advise(0..mapped, MmapAdvise::MADV_DONTDUMP)?;
         Ok(memory)
+    }
+
+    /// Lengthens the slice to `len` bytes, or as far as there is room; says how long it is.
+    pub fn grow(&mut self, len: u64) -> u64 {
+        self.len = self.len.max(len.min(self.mapped) as usize);
+        self.len as u64
     }
 
     /// Asks for huge pages in the whole 2 MiB spans inside `range`. A kernel that

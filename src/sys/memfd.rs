@@ -72,6 +72,15 @@ pub fn create(name: &str, size: u64) -> Result<OwnedFd, SysError> {
     Ok(fd)
 }
 
+/// Lengthens a memory file to `size` bytes; what is new is zero.
+///
+/// # Errors
+/// `EPERM` if [`Seals::GROW`] is set, or [`Seals::SHRINK`] and `size` is less than it has.
+pub fn grow(fd: impl AsFd, size: u64) -> Result<(), SysError> {
+    let len = i64::try_from(size).map_err(|_| SysError::os("ftruncate", libc::EFBIG))?;
+    ftruncate(fd, len).map_err(|e| SysError::new("ftruncate", e))
+}
+
 /// Adds `seals` to those that `fd` has. They cannot be taken away again.
 ///
 /// # Errors

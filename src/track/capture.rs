@@ -17,6 +17,9 @@
 //! - I3: a page taken from a scan stays on the work list until the twin has it:
 //!   its dirty bit is gone.
 //! - I4: no hole of the region is allocated by reading it.
+//! - I5: a capture is of the size that the twin had when it began. What lies behind is
+//!   not armed before the capture that has it, so no mark of it is lost meanwhile; the
+//!   page that the old end lies in is armed and compared once more.
 //!
 //! Failure: after any error of a scan the dirty bits of a part may be gone. The
 //! step answers [`Step::Lost`] and everything is compared by [`Capture::full`].
@@ -39,7 +42,7 @@ use super::{
 };
 use crate::limits::CAPTURE_STEP_PAGES;
 use crate::shm::Ahead;
-use crate::units::{GIB, MIB, PAGE_SIZE, page_of, pages_for};
+use crate::units::{GIB, MIB, PAGE_SIZE, page_align_up, page_of, pages_for};
 
 /// Bytes read at once by a comparison: the copy, its twin and the diff stay in the
 /// first-level cache.
@@ -100,6 +103,9 @@ pub struct Capture {
     phase: Phase,
     /// Of what cut this is, in mode `sync`.
     cut: Option<Cutting>,
+    /// The region's size at the last capture, if it has grown since: what lies behind it
+    /// was never armed.
+    grown_from: Option<u64>,
     buffer: Box<[u8; BATCH]>,
     /// Data of the file as it was found last: to find its end costs time for each page.
     data: Range<u64>,
@@ -132,6 +138,17 @@ struct Walk {
     armed: Option<u64>,
     /// The data run that `at` lies in or before; empty: to be asked for.
     data: Range<u64>,
+}
+
+impl Walk {
+    /// The same over what lies behind `from`, a page's begin, which is to be armed.
+    fn behind(from: u64) -> Self {
+        Self {
+            at: from,
+            armed: Some(from),
+            data: 0..0,
+        }
+    }
 }
 
 /// What one step works with.
@@ -191,12 +208,20 @@ impl Capture {
         Self::new(Phase::Compare(Walk::new(true)), VecDeque::new())
     }
 
+    /// The region has grown since the last capture, from `size` bytes: in mode `async`
+    /// what lies behind is armed and compared instead of scanned.
+    pub fn grown_from(mut self, size: u64) -> Self {
+        self.grown_from = Some(size);
+        self
+    }
+
     fn new(phase: Phase, marks: VecDeque<Range<u64>>) -> Self {
         Self {
             marks,
             work: VecDeque::new(),
             phase,
             cut: None,
+            grown_from: None,
             buffer: Box::new([0; BATCH]),
             data: 0..0,
             scratch: Vec::new(),
@@ -575,7 +600,8 @@ impl Walk {
         if armed > self.at {
             return Ok(armed);
         }
-        let len = ARM_SPAN.min(attachment.len.saturating_sub(armed));
+        let end = attachment.len.min(page_align_up(turn.twin.size()));
+        let len = ARM_SPAN.min(end.saturating_sub(armed));
         match attachment.arm_range(armed, len) {
             // Who has exited writes no more: the comparison is all that is left to do.
             Err(TrackError::WriterExited) => {

@@ -22,7 +22,7 @@ pub struct Extent {
     pub len: u32,
 }
 
-/// A set of bytes of a region of fixed size.
+/// A set of bytes of a region, whose size only grows.
 ///
 /// Memory: 16 bytes for each range while exact (1 MiB at most), then one bit for
 /// each page.
@@ -139,6 +139,22 @@ impl ExtentSet {
             }
         }
         self.degrade();
+    }
+
+    /// The region has `size` bytes now, of which those that are new are not in the set; but
+    /// where it is kept by pages, what is new of the last page is. A lesser size changes
+    /// nothing.
+    pub fn grow(&mut self, size: u64) {
+        if size <= self.size {
+            return;
+        }
+        match &mut self.shape {
+            Shape::Exact(_) => {}
+            Shape::Pages(pages) => pages.grow(pages_for(size)),
+            Shape::All if self.size == 0 => self.shape = Shape::Exact(Vec::new()),
+            Shape::All => self.shape = Shape::Exact(vec![0..self.size]),
+        }
+        self.size = size;
     }
 
     /// Whether no byte is in the set.

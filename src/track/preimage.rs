@@ -86,6 +86,18 @@ impl PreImages {
         }
     }
 
+    /// The region has `size` bytes now; a lesser size changes nothing. What is new is part
+    /// of no target that is held.
+    pub fn grow(&mut self, size: u64) {
+        if size <= self.size {
+            return;
+        }
+        self.size = size;
+        for pin in &mut self.pins {
+            pin.needed.grow(pages_for(size));
+        }
+    }
+
     /// Holds the content of `extents` as of `target_epoch`, which must be the epoch
     /// that the content has now. Updates with the same target share one pin: each
     /// pins and unpins for itself.

@@ -38,6 +38,26 @@ impl Twin {
         })
     }
 
+    /// A twin of `size` zero bytes that may grow to `room`.
+    ///
+    /// # Errors
+    /// As for [`Twin::new`].
+    pub fn with_room(size: u64, room: u64) -> Result<Self, SysError> {
+        Ok(Self {
+            memory: PrivateMemory::with_room(size, room)?,
+            touched: Bitmap::new(pages_for(size)),
+            changed: ExtentSet::new(size),
+        })
+    }
+
+    /// Lengthens it to `size` bytes, those that are new being zero, or as far as it has
+    /// room; a lesser size changes nothing.
+    pub fn grow(&mut self, size: u64) {
+        let size = self.memory.grow(size);
+        self.touched.grow(pages_for(size));
+        self.changed.grow(size);
+    }
+
     /// Size of the region, in bytes.
     pub fn size(&self) -> u64 {
         self.memory.len() as u64

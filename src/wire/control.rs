@@ -43,8 +43,18 @@ pub enum Request {
         name: String,
         /// Its size in bytes.
         size: u64,
+        /// Greatest size that it can grow to, in bytes; none: it does not grow.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        max_size: Option<u64>,
         /// Whether other nodes may follow it.
         shared: bool,
+    },
+    /// Lengthens a region that the node holds: [`Response::Done`].
+    RegionGrow {
+        /// Name of the region.
+        name: String,
+        /// Its size from now on, in bytes.
+        size: u64,
     },
     /// Writes the payload at `offset` of a region that the node holds: [`Response::Done`].
     RegionWrite {
@@ -110,8 +120,12 @@ pub enum Request {
 pub struct HandOver {
     /// Name of the region.
     pub name: String,
-    /// Size in bytes.
+    /// Size in bytes now.
     pub size: u64,
+    /// Greatest size that it can grow to, which its mapping has room for, in bytes;
+    /// none: it does not grow.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_size: Option<u64>,
     /// How changes are found.
     pub mode: Mode,
     /// When epochs are published.
@@ -216,6 +230,9 @@ pub struct RegionStatus {
     pub name: String,
     /// Size in bytes.
     pub size: u64,
+    /// Greatest size that it can grow to, in bytes.
+    #[serde(default)]
+    pub max_size: u64,
     /// Bytes of memory that its data takes.
     pub resident_bytes: u64,
     /// Bytes that the node keeps beside it: twin, pre-images, staged updates.

@@ -10,7 +10,7 @@ use crate::units::OutOfRange;
 /// First two bytes of every frame: `uF` as a little-endian number.
 pub const MAGIC: u16 = u16::from_le_bytes(*b"uF");
 /// Version of the frames that this crate speaks.
-pub const VERSION: u8 = 1;
+pub const VERSION: u8 = 2;
 /// Length of a frame's header, in bytes.
 pub const HEADER_BYTES: usize = 32;
 /// Length of an extent's offset and length on the wire, in bytes.

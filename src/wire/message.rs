@@ -138,6 +138,8 @@ pub enum SyncPlan {
     /// The replica sends the digests of its chunks; what differs comes, in one
     /// update flagged WHOLE.
     Digests = 3,
+    /// The region has grown: from the next update on it has this size. All else goes on.
+    Grow = 4,
 }
 
 /// The source says which life of the region follows, and how it starts.
@@ -154,6 +156,8 @@ pub struct RegionInfo {
     pub generation: Generation,
     /// Its size, in bytes.
     pub size: u64,
+    /// The greatest size that it can grow to in this life, in bytes.
+    pub max_size: u64,
     /// Its epoch now.
     pub epoch: u64,
     /// How the replica is brought there.
@@ -173,6 +177,7 @@ impl RegionInfo {
         frame.put(&self.round.to_le_bytes());
         frame.put(&self.generation.0.to_le_bytes());
         frame.put(&self.size.to_le_bytes());
+        frame.put(&self.max_size.to_le_bytes());
         frame.put(&[self.plan as u8, 0, 0, 0, 0, 0, 0, 0]);
         frame.finish()
     }
@@ -186,15 +191,20 @@ impl RegionInfo {
         let (subscription, round) = (reader.u32()?, reader.u32()?);
         let generation = reader.generation()?;
         let size = reader.u64()?;
+        let max_size = reader.u64()?;
         let plan = match reader.u8()? {
             1 => SyncPlan::Resume,
             2 => SyncPlan::Everything,
             3 => SyncPlan::Digests,
+            4 => SyncPlan::Grow,
             _ => return Err(reader.bad("unknown plan")),
         };
         reader.zero(7)?;
-        if size > MAX_REGION_BYTES {
+        if max_size > MAX_REGION_BYTES {
             return Err(reader.bad("its region is larger than any may be"));
+        }
+        if size > max_size {
+            return Err(reader.bad("its region is larger than it may get"));
         }
         reader.end()?;
         Ok(Self {
@@ -203,6 +213,7 @@ impl RegionInfo {
             round,
             generation,
             size,
+            max_size,
             epoch: header.epoch,
             plan,
         })

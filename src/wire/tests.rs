@@ -37,8 +37,8 @@ fn single(base: Base, extents: &[(u64, Vec<u8>)]) -> Vec<u8> {
 
 fn hello() -> Hello {
     Hello {
-        min_version: 1,
-        max_version: 1,
+        min_version: VERSION,
+        max_version: VERSION,
         max_body: MAX_BODY as u32,
         node: *b"0123456789abcdef",
         incarnation: 3,
@@ -63,6 +63,7 @@ fn info() -> RegionInfo {
         round: 2,
         generation: subscribe().generation,
         size: REGION,
+        max_size: 4 * REGION,
         epoch: 41,
         plan: SyncPlan::Resume,
     }

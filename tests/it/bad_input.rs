@@ -426,6 +426,7 @@ impl Offer {
         HandOver {
             name: "offered".into(),
             size: OFFERED,
+            max_size: None,
             mode: Mode::Async,
             publish: Publish::Timer,
             shared: true,

@@ -330,6 +330,7 @@ impl Host {
             round,
             generation: Generation(77),
             size,
+            max_size: size,
             epoch,
             plan,
         };
@@ -543,6 +544,7 @@ fn a_mapping_that_is_gone_is_noticed_although_it_scans_as_clean() {
     let offer = Request::HandOver(HandOver {
         name: "r".into(),
         size: MIB,
+        max_size: None,
         mode: Mode::Async,
         publish: Publish::Timer,
         shared: true,

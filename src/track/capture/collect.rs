@@ -14,12 +14,12 @@
 use std::ops::Range;
 
 use super::{Capture, Phase, SCAN_PAGES, SCAN_RANGES, SCAN_SPAN, SCANNED_PER_PAGE, Stop, Turn};
-use super::{PROTECTED_PER_PAGE, advise_huge};
+use super::{PROTECTED_PER_PAGE, Walk, advise_huge};
 use crate::sys::pagemap::Then;
 use crate::track::attachment::ESRCH;
 use crate::track::heat::SPAN_PAGES;
 use crate::track::{Attachment, Heat, TrackError, Tracker};
-use crate::units::{PAGE_SIZE, page_of, pages_for};
+use crate::units::{PAGE_SIZE, page_align_up, page_of, pages_for};
 
 /// Bytes of a span.
 const SPAN: u64 = SPAN_PAGES * PAGE_SIZE;
@@ -51,7 +51,15 @@ impl Capture {
         if at == 0 {
             heat.begin();
         }
-        let limit = attachment.len;
+        // Of a region that has grown the old part: the rest is no page's yet.
+        let limit = match self.grown_from {
+            Some(size) => size / PAGE_SIZE * PAGE_SIZE,
+            None => attachment.len.min(page_align_up(size)),
+        };
+        if at >= limit {
+            self.phase = Phase::Compare(Walk::behind(limit));
+            return Ok(());
+        }
         self.scratch.clear();
         let mut collection = Collection {
             attachment,
@@ -83,7 +91,10 @@ impl Capture {
             return Err(TrackError::WriterExited.into());
         }
         if is_over {
-            self.phase = Phase::Finished;
+            self.phase = match self.grown_from {
+                Some(_) => Phase::Compare(Walk::behind(limit)),
+                None => Phase::Finished,
+            };
         }
         Ok(())
     }

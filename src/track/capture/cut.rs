@@ -89,6 +89,11 @@ impl Capture {
             board.release(page, slot);
             return Ok(true);
         }
+        if start >= turn.twin.size() {
+            // Stored to behind the end that was told when the cut was made.
+            board.release(page, slot);
+            return Ok(true);
+        }
         let end = turn.twin.size().min(start + PAGE_SIZE);
         board.read_slot(slot, &mut self.buffer[..(end - start) as usize]);
         if let (_, Err(stop)) = self.absorb(turn, start..end) {
@@ -121,8 +126,12 @@ impl Capture {
             self.phase = Phase::Finished;
             return Ok(());
         };
+        if run.start >= pages_for(size) {
+            self.phase = Phase::Finished;
+            return Ok(());
+        }
         let most = ((BATCH / PAGE) as u64).min(turn.left);
-        let pages = run.start..run.end.min(run.start + most);
+        let pages = run.start..run.end.min(run.start + most).min(pages_for(size));
         let bytes = pages.start * PAGE_SIZE..(pages.end * PAGE_SIZE).min(size);
         // A page that was opened but not stored to may be a hole.
         let is_data = pages.clone().all(|page| turn.twin.touched().contains(page));
