@@ -449,3 +449,40 @@ fn control_pages_are_checked_before_use() {
     memfd::add_seals(&short, Seals::SHRINK | Seals::GROW).unwrap();
     assert!(Control::open(&short, Access::ReadOnly).is_err());
 }
+
+#[test]
+fn a_region_grows_to_its_greatest_size_and_no_further() {
+    let options = RegionOptions {
+        max_size: Some(MIB),
+        ..manual()
+    };
+    let small = Region::create(&name(), 2 * MIB, &options);
+    assert!(matches!(small, Err(RegionError::MaxSize { .. })));
+    let region = Region::create(&name(), 5000, &options).unwrap();
+    let seals = || memfd::seals(region.data_fd()).unwrap();
+    assert!(seals().contains(Seals::FUTURE_WRITE | Seals::SHRINK));
+    assert!(!seals().intersects(Seals::GROW | Seals::SEAL));
+    assert!(region.write(5000, &[1]).is_err());
+    let too_much = region.grow(MIB + 1).unwrap_err();
+    assert!(too_much.to_string().contains("1048577") && too_much.to_string().contains("1048576"));
+    let too_little = region.grow(4999).unwrap_err();
+    assert!(too_little.to_string().contains("4999") && too_little.to_string().contains("5000"));
+    region.grow(5000).unwrap();
+    region.grow(10_000).unwrap();
+    region.write(9_999, &[7]).unwrap();
+    assert!(region.write(10_000, &[1]).is_err());
+    assert_eq!((region.size(), region.control().size()), (10_000, 10_000));
+    let opened = Control::open(region.control_fd(), Access::ReadOnly).unwrap();
+    assert_eq!((opened.size(), opened.identity().size), (10_000, 5000));
+    region.grow(MIB).unwrap();
+    assert!(seals().contains(Seals::GROW | Seals::SEAL));
+    assert_eq!(region.load::<u8>(9_999).unwrap(), 7);
+    assert_eq!(region.load::<u8>(MIB - 1).unwrap(), 0);
+    let word = opened.mem.atomic_u64(super::layout::SIZE);
+    assert_eq!(word.load(Ordering::Acquire), MIB);
+    let ours = region.control().mem.atomic_u64(super::layout::SIZE);
+    for (hostile, seen) in [(0, 5000), (u64::MAX, MIB)] {
+        ours.store(hostile, Ordering::Release);
+        assert_eq!(opened.size(), seen, "bounded by the identity");
+    }
+}

@@ -34,6 +34,8 @@ fn key(number: u8) -> ReplicaKey {
 }
 
 /// A source of `size` bytes with one replica that is in step.
+mod growth;
+
 struct Pair {
     now: Instant,
     content: Vec<u8>,
@@ -577,7 +579,7 @@ fn what_the_source_may_not_claim() {
         subscription: 1,
         round: 2,
         generation: Generation(9),
-        size: 1 << 17,
+        size: 1 << 15,
         max_size: 1 << 17,
         epoch: 1,
         plan: SyncPlan::Digests,

@@ -10,6 +10,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
@@ -34,14 +35,18 @@ struct Bench {
 
 impl Bench {
     fn new(size: u64, mode: Mode) -> Option<Self> {
+        Self::with_room(size, size, mode)
+    }
+
+    fn with_room(size: u64, room: u64, mode: Mode) -> Option<Self> {
         let fd = memfd::create("track-test", size).unwrap();
-        let mapping = Mapping::shared(&fd, size, Access::ReadWrite).unwrap();
+        let mapping = Mapping::with_room(&fd, size, room, Access::ReadWrite).unwrap();
         let attachment = match Attachment::for_region(&mapping, mode) {
             Ok(attachment) => attachment,
             Err(TrackError::Open { source }) => return or_skip("async tracking", Err(source)),
             Err(other) => panic!("{other}"),
         };
-        let reader = Mapping::shared(&fd, size, Access::ReadOnly).unwrap();
+        let reader = Mapping::with_room(&fd, size, room, Access::ReadOnly).unwrap();
         let mut bench = Self {
             writer: SharedMemory::new(mapping),
             source: Source::Mapped {
@@ -49,7 +54,7 @@ impl Bench {
                 fd,
             },
             tracker: Tracker::new(mode, Some(attachment)).unwrap(),
-            twin: Twin::new(size).unwrap(),
+            twin: Twin::with_room(size, room).unwrap(),
             pre: PreImages::new(size, size),
             size,
         };
@@ -273,6 +278,58 @@ fn many_cold_runs_between_few_hot_pages_are_armed_too() {
     bench.dirty(Vec::new());
     assert_eq!(bench.hot_pages(), 0, "switched off");
     assert_eq!(bench.dirty(Vec::new()).dirty_pages, 0, "and armed");
+}
+
+#[test]
+fn a_region_grows_while_it_is_stored_to() {
+    const MAX: u64 = 32 * MIB;
+    let (mut size, step) = (3 * PAGE_SIZE + 100, 9 * PAGE_SIZE + 700);
+    let Some(mut bench) = Bench::with_room(size, MAX, Mode::Async) else {
+        return;
+    };
+    bench.tracker.set_hot_after(2);
+    let (writer, fd) = (bench.writer.clone(), bench.source.fd().try_clone().unwrap());
+    let told = Arc::new(std::sync::atomic::AtomicU64::new(size));
+    let tells = Arc::clone(&told);
+    let thread = std::thread::spawn(move || {
+        let mut x = 1u64;
+        while size + step < MAX {
+            // The file first, then the word, then stores behind the old end.
+            size += step;
+            memfd::grow(&fd, size.next_multiple_of(PAGE_SIZE)).unwrap();
+            tells.store(size, std::sync::atomic::Ordering::Release);
+            writer.write(size - step, &x.to_le_bytes()).unwrap();
+            for store in 0..100 {
+                x = x.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let back = if store % 2 == 0 { step.min(size) } else { size };
+                let at = size - 8 - (x >> 33) % (back - 8);
+                writer.write(at, &x.to_le_bytes()).unwrap();
+            }
+        }
+    });
+    let mut replica = Vec::new();
+    loop {
+        let over = thread.is_finished();
+        let (old, new) = (bench.size, told.load(std::sync::atomic::Ordering::Acquire));
+        let mut capture = Capture::dirty(&bench.tracker, Vec::new());
+        if new > old {
+            bench.size = new;
+            bench.twin.grow(new);
+            bench.pre.grow(new);
+            capture = capture.grown_from(old);
+        }
+        let captured = bench.run(capture);
+        replica.resize(bench.size as usize, 0);
+        apply(&mut replica, &captured.extents, &bench.twin);
+        if over {
+            break;
+        }
+    }
+    thread.join().unwrap();
+    assert!(bench.size > MAX - 2 * step);
+    assert!(replica == bench.live());
+    let resident = memfd::resident_bytes(bench.source.fd()).unwrap();
+    assert!(resident <= bench.size.next_multiple_of(PAGE_SIZE));
 }
 
 /// The order that loses stores, as a control: copying before protecting.

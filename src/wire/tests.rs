@@ -209,8 +209,8 @@ fn headers_that_say_too_much() {
         Err(WireError::Magic { .. })
     ));
     assert_eq!(
-        resealed(&|f| f[2] = 2),
-        Err(WireError::Version { found: 2 })
+        resealed(&|f| f[2] = 1),
+        Err(WireError::Version { found: 1 })
     );
     assert_eq!(resealed(&|f| f[3] = 12), Err(WireError::Kind { found: 12 }));
     assert!(matches!(

@@ -22,6 +22,7 @@ mod command;
 mod deeds;
 mod exact;
 mod faults;
+mod growth;
 mod hand_over;
 mod hostile;
 mod kernel_writers;
