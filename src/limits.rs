@@ -170,8 +170,10 @@ limits! {
     MARK_RING_SLOTS = 4_096, Count;
     /// Shortest pause between two timer captures of a region (default of the configuration).
     INTERVAL_MIN_US = 1_000, Micros;
-    /// Longest pause between two timer captures of a region (default of the configuration); the staleness limit.
-    INTERVAL_MAX_US = 20_000, Micros;
+    /// Longest pause between two timer captures of a region (default of the configuration); the staleness limit, reached where captures are costly.
+    INTERVAL_MAX_US = 100_000, Micros;
+    /// Longest pause between two timer captures of a region in which nothing is stored; what is stored first waits that long.
+    IDLE_MAX_US = 20_000, Micros;
     /// Time within which marked bytes are shipped without a commit (default of the configuration).
     MARK_MAX_DELAY_US = 5_000, Micros;
     /// Least pause that may be configured; below it scanning alone keeps the engine busy.
@@ -215,7 +217,7 @@ limits! {
     /// Pages left over for the pass in which faults wait: 50 us at 0.8 us each.
     CUT_ENOUGH_PAGES = 64, Count;
     /// Captures in a row that a page of an `async` region is written in before it is left open (default of the configuration).
-    HOT_CAPTURES = 4, Count;
+    HOT_CAPTURES = 2, Count;
     /// Greatest number of such captures that may be configured; beyond it few pages ever get there.
     HOT_CAPTURES_CEILING = 64, Count;
     /// Successive cuts a page has to be dirty in to count as hot.

@@ -1,9 +1,16 @@
 //! The pause between two captures by timer.
 //!
-//! A scan costs the writer too (its page tables are locked meanwhile), so the
-//! pause adapts: short while changes are found, twice as long after each capture
-//! that found none, and never so short that captures take more than about a tenth
-//! of the time. The longest pause is the staleness limit and wins over all.
+//! A scan costs the writer too (its page tables are locked meanwhile, and each page that
+//! is armed is another fault), so the pause adapts to both:
+//!
+//! - where nothing is found it doubles, up to [`IDLE_MAX_US`]: the first store after a
+//!   rest is not told of, and waits that long;
+//! - where captures are costly it grows, so that they take no more than about a tenth of
+//!   the time, up to the longest pause.
+//!
+//! The longest pause is the staleness limit and wins over both.
+
+use crate::limits::IDLE_MAX_US;
 
 /// Pauses between captures for each unit of time spent in one.
 const PAUSE_PER_COST: u64 = 9;
@@ -32,7 +39,8 @@ impl Interval {
         let wanted = if dirty_pages > 0 {
             self.min_us
         } else {
-            self.current_us.saturating_mul(2).max(1)
+            let doubled = self.current_us.saturating_mul(2).max(1);
+            doubled.min(IDLE_MAX_US.max(self.min_us))
         };
         self.current_us = wanted
             .max(cost_us.saturating_mul(PAUSE_PER_COST))
@@ -72,5 +80,17 @@ mod tests {
         let mut odd = Interval::new(0, 0);
         assert_eq!(odd.after_capture(5, 0), 0);
         assert_eq!(Interval::new(9, 3).bounds(), (9, 9));
+    }
+
+    #[test]
+    fn what_rests_is_looked_at_sooner_than_what_is_costly() {
+        let mut interval = Interval::new(1_000, 100_000);
+        assert_eq!(interval.after_capture(50_000, 9), 100_000);
+        for _ in 0..9 {
+            interval.after_capture(10, 0);
+        }
+        assert_eq!(interval.current(), IDLE_MAX_US);
+        let mut slow = Interval::new(50_000, 100_000);
+        assert_eq!(slow.after_capture(10, 0), 50_000);
     }
 }
