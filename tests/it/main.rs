@@ -28,6 +28,7 @@ mod hostile;
 mod kernel_writers;
 mod library;
 mod loss;
+mod many;
 mod nodes;
 mod pattern;
 mod privileges;
