@@ -62,6 +62,9 @@ pub struct WriterOptions {
     /// Greatest size that [`Region::grow`] may give it, as [`RegionOptions::max_size`]
     /// says. Default none: it does not grow.
     pub max_size: Option<u64>,
+    /// Whether its data consists of huge pages, as [`RegionOptions::huge_pages`] says.
+    /// Default false.
+    pub huge_pages: bool,
 }
 
 impl Default for WriterOptions {
@@ -77,6 +80,7 @@ impl Default for WriterOptions {
             dont_fork: true,
             mseal: false,
             max_size: None,
+            huge_pages: false,
         }
     }
 }
@@ -183,6 +187,7 @@ impl Writer {
             dont_fork: options.dont_fork,
             mseal: options.mseal,
             max_size: options.max_size,
+            huge_pages: options.huge_pages,
         };
         let sizes = size..=options.max_size.unwrap_or(size);
         let (region, resumed) = match earlier_content(&mut node, &name, sizes)? {

@@ -34,7 +34,7 @@ use crate::track::{ExtentSet, Twin};
 use crate::units::{page_of, pages_for};
 use crate::wire::control::AppliedStatus;
 use crate::wire::follow::FollowSpec;
-use crate::wire::{ErrorCode, Header, Hello, Kind, RegionInfo, WireError};
+use crate::wire::{ErrorCode, Header, Hello, Kind, RegionInfo, SyncPlan, WireError};
 
 /// How often a reader's hold is looked at while an update waits for it.
 const HOLD_LOOK: Duration = Duration::from_micros(250);
@@ -214,7 +214,11 @@ impl Engine {
             .handle_info(now, info)
             .map_err(|error| chain(&error))?;
         replica.attempts = 0;
-        tracing::info!(region = %entry.name, plan = ?info.plan, size = info.size, "following");
+        if info.plan == SyncPlan::Grow {
+            tracing::debug!(region = %entry.name, size = info.size, "the source's region grows");
+        } else {
+            tracing::info!(region = %entry.name, plan = ?info.plan, size = info.size, "following");
+        }
         self.make_runnable(region);
         Ok(())
     }

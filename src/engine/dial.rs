@@ -12,7 +12,7 @@ use super::apply::Replica;
 use super::commands::Command;
 use super::keys::Key;
 use super::regions::{Body, RegionEntry};
-use super::requests::{NewEntry, Refusal, chain, read_only};
+use super::requests::{NewEntry, Refusal, chain};
 use super::timers::Timer;
 use crate::limits;
 use crate::region::RegionKind;
@@ -42,7 +42,7 @@ impl Engine {
     ) -> Result<RegionEntry, Refusal> {
         let memory = OwnedMemory::with_room(name.as_str(), size, max_size)
             .map_err(|error| Refusal::failed("cannot make the replica's memory", &error))?;
-        let data_fd = read_only(memory.fd())?;
+        let data_fd = memory.shared_fd();
         let budget = self.settings.staging_budget;
         let replica = Replica::new(spec, self.next_handle, memory, size, budget);
         self.new_entry(NewEntry {

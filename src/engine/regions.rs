@@ -2,6 +2,7 @@
 //! reads it and who follows it.
 
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::apply::Replica;
@@ -33,7 +34,7 @@ pub(super) struct RegionEntry {
     pub(super) control: Control,
     /// Read-only, for those who join.
     pub(super) control_fd: OwnedFd,
-    pub(super) data_fd: OwnedFd,
+    pub(super) data_fd: Arc<OwnedFd>,
     pub(super) publication: Publication,
     pub(super) followers: Vec<Follower>,
     pub(super) readers: Vec<Reader>,

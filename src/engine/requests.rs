@@ -4,6 +4,7 @@
 //! changes nothing.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 
 use super::Engine;
 use super::keys::Key;
@@ -152,7 +153,7 @@ impl Engine {
         check_sizes(size, max_size)?;
         let memory = OwnedMemory::with_room(name.as_str(), size, max_size)
             .map_err(|error| Refusal::failed("cannot make the region's memory", &error))?;
-        let data_fd = read_only(memory.fd())?;
+        let data_fd = memory.shared_fd();
         let generation = Generation::random();
         let entry = self.new_entry(NewEntry {
             name,
@@ -434,7 +435,7 @@ pub(super) struct NewEntry {
     pub(super) owner_uid: u32,
     pub(super) generation: Generation,
     pub(super) kind: RegionKind,
-    pub(super) data_fd: OwnedFd,
+    pub(super) data_fd: Arc<OwnedFd>,
     pub(super) body: Body,
 }
 

@@ -45,7 +45,7 @@ impl Engine {
         let doorbell = EventFd::new().map_err(|e| Refusal::failed("cannot make a doorbell", &e))?;
         let doorbell_fd = Arc::new(duplicate(&doorbell)?);
         let fds = vec![duplicate(&doorbell)?, self.pulse_fd()?];
-        let data_fd = read_only(&parts.data)?;
+        let data_fd = Arc::new(read_only(&parts.data)?);
         let control_fd = read_only(&parts.control)?;
         let mut tracked = self.tracked(&offer, parts.data, parts.attachment, earlier)?;
         tracked.doorbell = Some((doorbell, doorbell_fd));
@@ -103,6 +103,9 @@ impl Engine {
         let mut tracker = Tracker::new(offer.mode, Some(attachment))
             .map_err(|e| Refusal::failed("tracking cannot be taken over", &e))?;
         tracker.set_hot_after(self.settings.tunables.hot_after);
+        if memfd::page_bytes(&data).is_ok_and(|bytes| bytes > PAGE_SIZE) {
+            tracker.set_huge();
+        }
         let memory = SharedMemory::new(memory);
         let faults = self.start_faults(&mut tracker, &memory)?;
         let own_bounds = (offer.interval_min_us, offer.interval_max_us);
@@ -235,7 +238,7 @@ impl Engine {
                 "what is to be tracked is not a regular file",
             ));
         }
-        let data_fd = read_only(&fd)?;
+        let data_fd = Arc::new(read_only(&fd)?);
         let own_bounds = (None, None);
         let tracked = Tracked::new(
             Start {

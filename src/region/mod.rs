@@ -67,6 +67,7 @@ pub use writer::{EngineLink, Region, RegionOptions};
 use crate::limits::{MAX_ACKED_SLOTS, MAX_REGION_BYTES};
 use crate::shm::WriteError;
 use crate::sys::SysError;
+use crate::sys::memfd::HUGE_PAGE;
 use crate::units::OutOfRange;
 
 /// What failed about a region.
@@ -86,6 +87,24 @@ pub enum RegionError {
         /// Greatest size that was asked for, in bytes.
         max_size: u64,
     },
+    /// Huge pages that the system does not give.
+    #[error("a region of {pages} huge pages of {HUGE_PAGE} bytes")]
+    Huge {
+        /// Pages that were asked for.
+        pages: u64,
+        /// What the kernel said.
+        #[source]
+        source: SysError,
+    },
+    /// A size that is no multiple of the pages'.
+    #[error("{size} bytes are no multiple of {HUGE_PAGE}, the size of the region's pages")]
+    HugeSize {
+        /// Size that was asked for, in bytes.
+        size: u64,
+    },
+    /// Huge pages in a mode that works on small ones.
+    #[error("mode sync opens and saves single small pages; use it without huge pages, or async")]
+    HugeMode,
     /// Growth beyond the greatest size.
     #[error(
         "cannot grow to {size} bytes; the region was made with a greatest size of \

@@ -17,8 +17,9 @@ use super::{
     Control, Epoch, Identity, Pulse, RegionError, RegionKind, Typed, View, WriteGuard, sys,
 };
 use crate::shm::{FIRST_SEALS, LAST_SEALS, SharedMemory};
+use crate::sys::SysError;
 use crate::sys::map::{Access, Mapping};
-use crate::sys::memfd;
+use crate::sys::memfd::{self, HUGE_PAGE};
 use crate::sys::process::EventFd;
 use crate::units::{PAGE_SIZE, checked_range, page_align_up};
 use crate::words::{EpochKind, Generation, Mode, Publish, RegionId, RegionName};
@@ -46,6 +47,12 @@ pub struct RegionOptions {
     /// grow. Costs address space for it on all sides, in mode `sync` 2 MiB of page
     /// tables per GiB too.
     pub max_size: Option<u64>,
+    /// Whether the data consists of huge pages of 2 MiB, which the system has set apart
+    /// (`vm.nr_hugepages`). Default false. Sizes are multiples of them; all of
+    /// `max_size` is taken at once. A page is then what is armed, faults, and is
+    /// compared when it was written: 2 MiB for each byte stored, and no page is ever
+    /// left open as hot. Not in mode `sync`, which opens and saves small pages.
+    pub huge_pages: bool,
 }
 
 impl Default for RegionOptions {
@@ -57,6 +64,7 @@ impl Default for RegionOptions {
             dont_fork: true,
             mseal: false,
             max_size: None,
+            huge_pages: false,
         }
     }
 }
@@ -115,6 +123,38 @@ static NEXT_INSTANCE: AtomicU64 = AtomicU64::new(0);
 /// Bytes copied at once from an earlier life.
 const COPY_BYTES: usize = 64 * 1024;
 
+/// Data of huge pages, mapped: that takes them.
+fn huge_data(
+    name: &str,
+    size: u64,
+    max_size: u64,
+    mode: Mode,
+) -> Result<(OwnedFd, Mapping), RegionError> {
+    check_huge_size(size)?;
+    check_huge_size(max_size)?;
+    if mode == Mode::Sync {
+        return Err(RegionError::HugeMode);
+    }
+    let huge = |source: SysError| RegionError::Huge {
+        pages: max_size / HUGE_PAGE,
+        source: source.with_remedy(
+            "set enough huge pages of 2 MiB apart: sysctl vm.nr_hugepages, and \
+             HugePages_Free in /proc/meminfo says how many are left; or leave huge_pages off",
+        ),
+    };
+    let fd = memfd::create_huge(name, size).map_err(huge)?;
+    let mapping = Mapping::with_room(&fd, size, max_size, Access::ReadWrite).map_err(huge)?;
+    Ok((fd, mapping))
+}
+
+fn check_huge_size(size: u64) -> Result<(), RegionError> {
+    if size.is_multiple_of(HUGE_PAGE) {
+        Ok(())
+    } else {
+        Err(RegionError::HugeSize { size })
+    }
+}
+
 impl Region {
     /// Makes a region of `size` zero bytes.
     ///
@@ -130,9 +170,13 @@ impl Region {
         check_sizes(size, max_size)?;
         let action = sys("creating a region");
         let memfd_name = format!("uffd-sync:{name}");
-        let fd = memfd::create(&memfd_name, page_align_up(size)).map_err(&action)?;
-        let mapping = Mapping::with_room(&fd, size, max_size, Access::ReadWrite);
-        let mapping = mapping.map_err(&action)?;
+        let (fd, mapping) = if options.huge_pages {
+            huge_data(&memfd_name, size, max_size, options.mode)?
+        } else {
+            let fd = memfd::create(&memfd_name, page_align_up(size)).map_err(&action)?;
+            let mapping = Mapping::with_room(&fd, size, max_size, Access::ReadWrite);
+            (fd, mapping.map_err(&action)?)
+        };
         if options.dont_fork {
             mapping.dont_fork().map_err(&action)?;
         }
@@ -249,6 +293,9 @@ impl Region {
         }
         if new_size == present {
             return Ok(());
+        }
+        if self.options.huge_pages {
+            check_huge_size(new_size)?;
         }
         let action = sys("growing a region");
         memfd::grow(self.data.fd(), page_align_up(new_size)).map_err(&action)?;

@@ -3,6 +3,7 @@
 
 use std::ops::{Deref, DerefMut};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::Arc;
 
 use crate::sys::SysError;
 use crate::sys::map::{Access, Mapping};
@@ -23,7 +24,10 @@ use crate::units::page_align_up;
 #[derive(Debug)]
 pub struct OwnedMemory {
     mapping: Mapping,
-    fd: OwnedFd,
+    /// Open for reading: of thousands of such memories each descriptor counts.
+    fd: Arc<OwnedFd>,
+    /// Open for growing, until it has its greatest length.
+    growing: Option<OwnedFd>,
     len: usize,
     room: u64,
 }
@@ -57,7 +61,8 @@ impl OwnedMemory {
         }
         Ok(OwnedMemory {
             mapping,
-            fd,
+            fd: Arc::new(memfd::reopen_read_only(&fd)?),
+            growing: (len < room).then_some(fd),
             len: len as usize,
             room,
         })
@@ -75,9 +80,13 @@ impl OwnedMemory {
         if len <= self.len as u64 {
             return Ok(());
         }
-        memfd::grow(&self.fd, page_align_up(len))?;
+        let Some(fd) = &self.growing else {
+            return Ok(());
+        };
+        memfd::grow(fd, page_align_up(len))?;
         if len == self.room {
-            memfd::add_seals(&self.fd, LAST_SEALS)?;
+            memfd::add_seals(fd, LAST_SEALS)?;
+            self.growing = None;
         }
         self.len = len as usize;
         Ok(())
@@ -88,9 +97,14 @@ impl OwnedMemory {
         self.room
     }
 
-    /// The memfd, to pass to readers.
+    /// The memfd, open for reading, to pass to readers.
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+
+    /// The same, to keep.
+    pub fn shared_fd(&self) -> Arc<OwnedFd> {
+        Arc::clone(&self.fd)
     }
 
     /// The writable mapping, whole pages; for what has to know its address.
@@ -103,7 +117,7 @@ impl OwnedMemory {
     /// # Errors
     /// Whatever `fstat` says.
     pub fn resident_bytes(&self) -> Result<u64, SysError> {
-        memfd::resident_bytes(&self.fd)
+        memfd::resident_bytes(self.fd.as_fd())
     }
 }
 

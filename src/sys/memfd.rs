@@ -21,6 +21,10 @@ use nix::sys::stat::{Mode, SFlag, fchmod, fstat};
 use nix::unistd::{Whence, ftruncate, lseek64};
 
 use super::{SysError, kind_of};
+use crate::units::{MIB, PAGE_SIZE};
+
+/// Bytes of a huge page that [`create_huge`] uses.
+pub const HUGE_PAGE: u64 = 2 * MIB;
 
 bitflags::bitflags! {
     /// What is forbidden on a memory file for the rest of its life.
@@ -47,9 +51,39 @@ bitflags::bitflags! {
 /// [`SysError`] if the name is longer than 249 bytes or holds a NUL, the process
 /// is out of descriptors, or the system is configured to refuse.
 pub fn create(name: &str, size: u64) -> Result<OwnedFd, SysError> {
+    create_of(name, size, None)
+}
+
+/// The same of pages of [`HUGE_PAGE`] bytes each, which the system has set apart; `size`
+/// is a multiple of them. They are taken when the file is mapped.
+///
+/// # Errors
+/// As for [`create`]; `ENOSYS` on a kernel without such pages.
+pub fn create_huge(name: &str, size: u64) -> Result<OwnedFd, SysError> {
+    create_of(name, size, Some(memfd::HugetlbSize::Huge2MB))
+}
+
+/// Bytes of the pages that a memory file consists of: the smallest that its protection and
+/// its marks are told apart by.
+///
+/// # Errors
+/// Whatever `fstatfs` says.
+pub fn page_bytes(fd: impl AsFd) -> Result<u64, SysError> {
+    /// `HUGETLBFS_MAGIC` of `include/uapi/linux/magic.h`.
+    const HUGETLBFS: u64 = 0x9584_58f6;
+    let fs = nix::sys::statfs::fstatfs(fd).map_err(|e| SysError::new("fstatfs", e))?;
+    if fs.filesystem_type().0 as u64 & u64::from(u32::MAX) == HUGETLBFS {
+        Ok(fs.block_size() as u64)
+    } else {
+        Ok(PAGE_SIZE)
+    }
+}
+
+fn create_of(name: &str, size: u64, huge: Option<memfd::HugetlbSize>) -> Result<OwnedFd, SysError> {
     let file = memfd::MemfdOptions::new()
         .close_on_exec(true)
         .allow_sealing(true)
+        .hugetlb(huge)
         .create(name)
         .map_err(|e| {
             let source = match e {

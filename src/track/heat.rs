@@ -43,6 +43,7 @@ pub struct Heat {
     hot_spans: Bitmap,
     hot: u64,
     after: u64,
+    never: bool,
     /// The present capture, modulo 256.
     capture: u8,
 }
@@ -71,6 +72,7 @@ impl Heat {
             hot_spans: Bitmap::new(spans),
             hot: 0,
             after,
+            never: false,
             capture: 0,
         }
     }
@@ -87,7 +89,13 @@ impl Heat {
 
     /// Another number of captures from now on; with 0 all pages turn cold at the next.
     pub fn set_after(&mut self, after: u64) {
-        self.after = after;
+        self.after = if self.never { 0 } else { after };
+    }
+
+    /// No page ever gets hot: of a mapping of huge pages, in which no small one can be
+    /// armed alone.
+    pub(super) fn never(&mut self) {
+        (self.never, self.after) = (true, 0);
     }
 
     /// A capture begins.

@@ -241,6 +241,13 @@ impl Tracker {
         }
     }
 
+    /// The mapping consists of huge pages: none is ever left open.
+    pub fn set_huge(&mut self) {
+        if let Self::Async { heat, .. } = self {
+            heat.never();
+        }
+    }
+
     /// Pages that were just armed are not open any more.
     fn forget_heat(&mut self, pages: std::ops::Range<u64>) {
         if let Self::Async { heat, .. } = self {

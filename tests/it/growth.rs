@@ -168,7 +168,7 @@ fn readers_see_the_size_with_the_epoch_that_includes_it() {
         scene.writer.grow(size).expect("room");
         scene.store(0, &size.to_le_bytes());
         scene.store(size - 8, &size.to_le_bytes());
-        scene.writer.commit(PATIENCE).expect("an engine");
+        scene.writer.commit(PATIENCE).expect("an engine")
     };
     publish(SIZE);
     let reader = await_some("the replica can be read", || {
@@ -197,7 +197,9 @@ fn readers_see_the_size_with_the_epoch_that_includes_it() {
             (reads, sizes.len())
         });
         for step in 1..=150u64 {
-            publish(SIZE + step * 50_000);
+            // One by one, so that the reader meets most of them.
+            let epoch = publish(SIZE + step * 50_000);
+            epoch.wait_acked(1, PATIENCE).expect("the replica has it");
         }
         let size = scene.writer.size();
         await_that("the reader sees the last size", || reader.size() == size);
@@ -332,4 +334,107 @@ fn growth_survives_the_node_and_the_writer() {
                 .is_ok_and(|it| it.0.len() as u64 == 3 * MIB && it.0.ends_with(b"on"))
         });
     }
+}
+
+/// Sets huge pages apart for the test, and gives them back.
+struct HugePages(Option<String>);
+
+const NR_HUGEPAGES: &str = "/proc/sys/vm/nr_hugepages";
+
+impl HugePages {
+    fn reserve(count: u64) -> Option<Self> {
+        let free = || -> Option<u64> {
+            let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+            let line = text.lines().find(|it| it.starts_with("HugePages_Free"))?;
+            line.split_whitespace().nth(1)?.parse().ok()
+        };
+        if free()? >= count {
+            return Some(Self(None));
+        }
+        let before = std::fs::read_to_string(NR_HUGEPAGES).ok()?;
+        let wanted = before.trim().parse::<u64>().ok()? + count;
+        std::fs::write(NR_HUGEPAGES, wanted.to_string()).ok()?;
+        let pages = Self(Some(before));
+        (free()? >= count).then_some(pages)
+    }
+}
+
+impl Drop for HugePages {
+    fn drop(&mut self) {
+        if let Some(before) = &self.0 {
+            let _ = std::fs::write(NR_HUGEPAGES, before.trim());
+        }
+    }
+}
+
+#[test]
+fn a_region_of_huge_pages_is_followed_or_refused_with_the_reason() {
+    let folder = folder();
+    let source = NodeProcess::source(folder.path(), "source");
+    let options = |mode| WriterOptions {
+        mode,
+        max_size: Some(8 * MIB),
+        huge_pages: true,
+        ..WriterOptions::default()
+    };
+    let create = |mode, size| Writer::create(source.socket(), REGION, size, &options(mode));
+    let odd = create(Mode::Async, MIB).expect_err("no multiple");
+    assert!(
+        chain(&odd).contains("multiple of 2097152"),
+        "{}",
+        chain(&odd)
+    );
+    let exact = create(Mode::Sync, 4 * MIB).expect_err("not in this mode");
+    assert!(chain(&exact).contains("mode sync"), "{}", chain(&exact));
+    let Some(_pages) = HugePages::reserve(8) else {
+        let none = create(Mode::Async, 4 * MIB).expect_err("none are there");
+        assert!(chain(&none).contains("vm.nr_hugepages"), "{}", chain(&none));
+        let _: Option<()> = skip(&none);
+        return;
+    };
+    for mode in [Mode::Async, Mode::Manual, Mode::Compare] {
+        let writer = create(mode, 4 * MIB).unwrap_or_else(|e| panic!("{mode}: {}", chain(&e)));
+        let follow = format!("tcp://{}/{REGION}", source.listen());
+        let follower = NodeProcess::follower(folder.path(), &format!("of-{mode}"), &[follow]);
+        let mut expected = vec![0; 4 * MIB as usize];
+        for round in 1..=6u8 {
+            // One huge page each time, the other now and then.
+            let places = [5000, 3 * MIB + u64::from(round)];
+            for place in &places[..1 + usize::from(round % 2)] {
+                writer.write(*place, &[round; 3]).expect("within");
+                writer.mark_region_changed(*place, 3).expect("within");
+                expected[*place as usize..*place as usize + 3].fill(round);
+            }
+            super::nodes::await_content(&follower, REGION, &expected);
+        }
+        assert!(writer.grow(5 * MIB).is_err(), "no multiple");
+        writer.grow(8 * MIB).expect("room");
+        writer.write(8 * MIB - 1, &[1]).expect("within");
+        writer.mark_region_changed(8 * MIB - 1, 1).expect("within");
+        expected.resize(8 * MIB as usize, 0);
+        expected[8 * MIB as usize - 1] = 1;
+        await_that("the replica has grown", || {
+            content(&follower, REGION).is_ok_and(|it| it.0 == expected)
+        });
+        let region = source.region(REGION).expect("it is there");
+        assert_eq!(region.full_compares, 0, "{mode}: {region:?}");
+        drop(writer);
+        await_that("the writer is gone", || {
+            source
+                .region(REGION)
+                .is_some_and(|it| it.writer_pid.is_none())
+        });
+        source.connect().remove(REGION).expect("it is there");
+    }
+}
+
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(error) = source {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        source = error.source();
+    }
+    text
 }
