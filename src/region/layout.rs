@@ -75,7 +75,7 @@ pub(super) const MARK_TAIL: u64 = 0x480;
 pub(super) const MARK_OVERFLOW: u64 = 0x500;
 
 /// Who writes the data (the writer, or the engine): the size now, never less than it was.
-pub(super) const SIZE: u64 = 0x580;
+pub(super) const SIZE: u64 = 0x700;
 
 /// Writer: the ring's slots, {offset u64, length u64} each.
 pub(super) const MARK_RING: u64 = PAGE_SIZE;
