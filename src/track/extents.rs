@@ -152,7 +152,7 @@ impl ExtentSet {
             Shape::Exact(_) => {}
             Shape::Pages(pages) => pages.grow(pages_for(size)),
             Shape::All if self.size == 0 => self.shape = Shape::Exact(Vec::new()),
-            Shape::All => self.shape = Shape::Exact(vec![0..self.size]),
+            Shape::All => self.shape = Shape::Exact(std::iter::once(0..self.size).collect()),
         }
         self.size = size;
     }
