@@ -14,7 +14,8 @@ use std::sync::Arc;
 
 use crate::limits;
 use crate::sys::buffer::{Buffer, Pool};
-use crate::sys::ring::SendBuf;
+use crate::sys::ring::{MAX_PARTS, SendBuf};
+use crate::units::MIB;
 use crate::wire::{HEADER_BYTES, Header, WireError, check_body, parse_header};
 
 /// Size of the window that small frames are cut from, in bytes.
@@ -142,6 +143,10 @@ pub(crate) struct Outbox {
     bytes: usize,
 }
 
+/// Bytes of several frames that one send carries: each send costs a wake-up of the one
+/// who copies, and one of the one who has the next made.
+const AT_ONCE: usize = MIB as usize;
+
 /// Small frames are joined up to this length, in bytes, so that one send carries them.
 const JOIN: usize = 16 * 1024;
 
@@ -173,11 +178,25 @@ impl Outbox {
         self.queue.push_back(SendBuf::Shared(frame));
     }
 
-    /// Takes what the next send carries.
-    pub(crate) fn take(&mut self) -> Option<SendBuf> {
-        let next = self.queue.pop_front()?;
-        self.bytes -= next.as_ref().len();
-        Some(next)
+    /// Whether what waits is worth a send of its own while more is made.
+    pub(crate) fn is_bulk(&self) -> bool {
+        self.bytes >= BULK
+    }
+
+    /// Takes what the next send carries, in order: at least one buffer, and as many as
+    /// together are no longer than [`AT_ONCE`].
+    pub(crate) fn take(&mut self) -> Option<Vec<SendBuf>> {
+        let mut taken = vec![self.queue.pop_front()?];
+        let mut bytes = taken[0].as_ref().len();
+        while let Some(next) = self.queue.front()
+            && taken.len() < MAX_PARTS
+            && bytes + next.as_ref().len() <= AT_ONCE
+        {
+            bytes += next.as_ref().len();
+            taken.extend(self.queue.pop_front());
+        }
+        self.bytes -= bytes;
+        Some(taken)
     }
 }
 
@@ -188,6 +207,31 @@ mod tests {
     use proptest::prelude::*;
 
     proptest! {
+        #[test]
+        fn sends_carry_what_was_queued_in_order(
+            lens in proptest::collection::vec((1usize..400_000, any::<bool>()), 1..40),
+        ) {
+            let mut outbox = Outbox::default();
+            let (mut queued, mut sent) = (Vec::new(), Vec::new());
+            for (number, (len, shared)) in lens.into_iter().enumerate() {
+                let frame = vec![number as u8; len];
+                queued.extend_from_slice(&frame);
+                if shared {
+                    outbox.push_shared(frame.into());
+                } else {
+                    outbox.push(frame);
+                }
+            }
+            while let Some(bufs) = outbox.take() {
+                let bytes: usize = bufs.iter().map(|buf| buf.as_ref().len()).sum();
+                prop_assert!(bufs.len() == 1 || bytes <= AT_ONCE);
+                prop_assert!(bufs.len() <= MAX_PARTS);
+                bufs.iter().for_each(|buf| sent.extend_from_slice(buf.as_ref()));
+            }
+            prop_assert!(outbox.is_empty() && outbox.has_room() && !outbox.is_bulk());
+            prop_assert_eq!(sent, queued);
+        }
+
         #[test]
         fn frames_survive_any_cut(
             lens in proptest::collection::vec(0usize..100_000, 1..5),

@@ -250,7 +250,7 @@ impl Engine {
     pub(super) fn pump_peer(&mut self, key: Key) {
         // What is on its way brings the next look, so a late turn need not fill up.
         let late = self.is_late();
-        let Some(peer) = self.peers.get_mut(key).filter(|peer| !peer.closing) else {
+        let Some(mut peer) = self.peers.get_mut(key).filter(|peer| !peer.closing) else {
             return;
         };
         let mut freed = Vec::new();
@@ -272,6 +272,13 @@ impl Engine {
                         Out::Shared(frame) => peer.outbox.push_shared(frame),
                     }
                     some = true;
+                }
+            }
+            if peer.may_send_bulk() {
+                self.send_now(key);
+                match self.peers.get_mut(key) {
+                    Some(open) => peer = open,
+                    None => break,
                 }
             }
         }

@@ -112,6 +112,11 @@ impl Peer {
         }
     }
 
+    /// Whether bulk waits although nothing is on its way.
+    pub(super) fn may_send_bulk(&self) -> bool {
+        !self.sending && self.phase != Phase::Connecting && self.outbox.is_bulk()
+    }
+
     /// Whether anything still waits to be sent.
     pub(super) fn is_sending(&self) -> bool {
         self.sending || !self.outbox.is_empty()
@@ -217,30 +222,43 @@ impl Engine {
         if peer.sending || peer.phase == Phase::Connecting {
             return;
         }
-        let Some(buf) = peer.outbox.take() else {
+        let Some(bufs) = peer.outbox.take() else {
             return;
         };
-        self.submit_send(key, buf, 0);
+        self.submit_send(key, bufs, 0);
     }
 
-    fn submit_send(&mut self, key: Key, buf: SendBuf, from: usize) {
+    fn submit_send(&mut self, key: Key, mut bufs: Vec<SendBuf>, from: usize) {
         let Some(peer) = self.peers.get_mut(key) else {
             return;
         };
         peer.sending = true;
-        let op = Op::Send {
-            socket: Arc::clone(&peer.socket),
-            buf,
-            from,
+        let socket = Arc::clone(&peer.socket);
+        let op = match (bufs.len(), bufs.pop()) {
+            (1, Some(buf)) => Op::Send { socket, buf, from },
+            (_, last) => {
+                bufs.extend(last);
+                Op::SendAll { socket, bufs, from }
+            }
         };
         if let Err(error) = self.ring.submit(Token::PeerSend(key).to_bits(), op) {
             self.close_peer(key, &format!("cannot send: {error}"));
         }
     }
 
+    /// Starts sending what waits at once, so that it goes out while more is made.
+    pub(super) fn send_now(&mut self, key: Key) {
+        self.start_send(key);
+        if let Err(error) = self.ring.enter(Some(Duration::ZERO)) {
+            tracing::error!(%error, "the ring does not take submissions");
+        }
+    }
+
     pub(super) fn peer_sent(&mut self, key: Key, completion: Completion) {
-        let Op::Send { buf, from, .. } = completion.op else {
-            return;
+        let (bufs, from) = match completion.op {
+            Op::Send { buf, from, .. } => (vec![buf], from),
+            Op::SendAll { bufs, from, .. } => (bufs, from),
+            _ => return,
         };
         let Some(peer) = self.peers.get_mut(key) else {
             return;
@@ -254,12 +272,15 @@ impl Engine {
             }
         };
         self.counters.bytes_sent += sent as u64;
-        if from + sent < buf.as_ref().len() {
-            self.submit_send(key, buf, from + sent);
+        let all: usize = bufs.iter().map(|buf| buf.as_ref().len()).sum();
+        if from + sent < all {
+            self.submit_send(key, bufs, from + sent);
             return;
         }
-        if let SendBuf::Owned(frame) = buf {
-            self.spare.give(frame);
+        for buf in bufs {
+            if let SendBuf::Owned(frame) = buf {
+                self.spare.give(frame);
+            }
         }
         let Some(peer) = self.peers.get_mut(key) else {
             return;
@@ -268,7 +289,11 @@ impl Engine {
             self.close_peer(key, "all is said");
             return;
         }
-        if let Side::Replica(region) = peer.side {
+        let (side, bulk) = (peer.side, peer.outbox.is_bulk());
+        if bulk {
+            self.send_now(key);
+        }
+        if let Side::Replica(region) = side {
             self.room_for_digests(region);
         }
         self.pump_peer(key);

@@ -189,6 +189,59 @@ fn a_stream_larger_than_the_socket_arrives_whole() {
 }
 
 #[test]
+fn many_buffers_travel_as_one_stream() {
+    let Some(mut ring) = ring() else { return };
+    for (len, from) in [(10, 0), (10, 25), (10, 160), (70_000, 3), (70_000, 70_001)] {
+        let (a, b) = pair();
+        let bufs: Vec<SendBuf> = (0..MAX_PARTS as u8)
+            .map(|number| match number % 2 {
+                0 => SendBuf::Owned(vec![number; len]),
+                _ => SendBuf::Shared(vec![number; len].into()),
+            })
+            .collect();
+        let all: Vec<u8> = bufs.iter().flat_map(|buf| buf.as_ref().to_vec()).collect();
+        let mut too_many = bufs.clone();
+        too_many.push(SendBuf::Owned(vec![0]));
+        for (bufs, from) in [(too_many, 0), (bufs.clone(), all.len() + 1)] {
+            let socket = Arc::clone(&a);
+            assert!(ring.submit(9, Op::SendAll { socket, bufs, from }).is_err());
+        }
+        let reader = std::thread::spawn(move || {
+            let mut got = Vec::new();
+            let mut piece = vec![0; 1 << 20];
+            loop {
+                let part = net::recv_with_fds(&b, &mut piece, 0, net::Blocking::Yes);
+                match part.expect("recv").bytes {
+                    0 => return got,
+                    bytes => got.extend_from_slice(&piece[..bytes]),
+                }
+            }
+        });
+        let (mut bufs, mut at) = (bufs, from);
+        while at < all.len() {
+            let socket = Arc::clone(&a);
+            ring.submit(
+                1,
+                Op::SendAll {
+                    socket,
+                    bufs,
+                    from: at,
+                },
+            )
+            .expect("send");
+            let done = one(&mut ring);
+            at += done.result.expect("sent") as usize;
+            let Op::SendAll { bufs: back, .. } = done.op else {
+                panic!("another operation")
+            };
+            bufs = back;
+        }
+        drop(a);
+        assert_eq!(reader.join().expect("the reader"), all[from..]);
+    }
+}
+
+#[test]
 fn a_send_cancelled_half_way_says_how_far_it_came() {
     let Some(mut ring) = ring() else { return };
     let (a, b) = pair();
@@ -201,6 +254,8 @@ fn a_send_cancelled_half_way_says_how_far_it_came() {
     ring.submit(1, send).expect("send");
     ring.enter(Some(Duration::ZERO)).expect("enter");
     assert!(ring.next().is_none(), "there is no room for all of it");
+    // A kernel thread sends it: what arrives says that it has begun.
+    assert!(net::wait_readable(&[b.as_fd()], Some(PATIENCE)).expect("poll"));
     ring.cancel(1);
     let done = one(&mut ring);
     let sent = done.result.expect("a part went");
