@@ -180,6 +180,10 @@ limits! {
     PAUSE_FLOOR_US = 50, Micros;
     /// Greatest pause that may be configured; beyond it a replica is a backup, not a mirror.
     PAUSE_CEILING_US = 60_000_000, Micros;
+    /// Time after which a region is scanned even though its writer has not run; for stores that another process makes into the writer's memory.
+    IDLE_SCAN_MS = 500, Millis;
+    /// Time of each second that captures which find nothing may take together; beyond it such regions are looked at less often.
+    IDLE_SHARE_US = 250_000, Micros;
     /// Time in which the audit compares all of a region with its twin (default of the configuration).
     AUDIT_PERIOD_MS = 60_000, Millis;
     /// Least audit period that may be configured: what is due is given out once a second.

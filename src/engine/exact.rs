@@ -105,6 +105,7 @@ impl Tracked {
             source_time_ns: realtime_ns(),
             cost: Duration::ZERO,
             put_off_since: None,
+            began: Instant::now(),
             lost: false,
             on_demand: asked.on_demand,
         });

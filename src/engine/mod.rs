@@ -25,6 +25,7 @@ mod dial;
 mod faults;
 mod framing;
 mod hand_over;
+mod idle;
 mod inbound;
 mod keys;
 mod losses;
@@ -49,6 +50,7 @@ use commands::Command;
 pub use commands::{CommandError, Commands, Tunables};
 use control::ControlConnection;
 use cuts::WaitsForCut;
+use idle::Idle;
 use keys::{Key, Keyed};
 use peers::Peer;
 use regions::RegionEntry;
@@ -231,6 +233,8 @@ pub struct Engine {
     auditing: bool,
     /// Listening sockets that take nothing for a moment.
     deaf: Vec<Token>,
+    /// Regions that sleep, and their writers.
+    idle: Idle,
 }
 
 impl Engine {
@@ -302,6 +306,7 @@ impl Engine {
             audits: VecDeque::new(),
             auditing: false,
             deaf: Vec::new(),
+            idle: Idle::default(),
             settings,
         };
         engine.start()?;
@@ -447,6 +452,7 @@ impl Engine {
             Timer::Listen => self.listen_again(),
             Timer::Audit => self.audit(),
             Timer::Cuts => self.refuse_late_cuts(),
+            Timer::Idle => self.look_at_writers(),
             Timer::Sweep => {
                 self.sweep();
                 self.begin_audit();

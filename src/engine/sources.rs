@@ -512,6 +512,7 @@ impl Engine {
             source_time_ns,
             cost,
             grown,
+            began,
         } = finished;
         let by_commit = request.is_some();
         entry.statistics.captured(&captured, by_commit, cost);
@@ -538,11 +539,17 @@ impl Engine {
                 .publication
                 .captured(info, &captured.extents, &tracked.twin);
         }
-        tracked.schedule(cost, captured.dirty_pages, Instant::now());
+        let idle = captured.dirty_pages == 0;
+        let stretch = self.idle.stretch();
+        tracked.schedule(cost, captured.dirty_pages, stretch, Instant::now());
         let interval_us = tracked.interval.current();
         entry
             .control
             .set_stats(&entry.statistics.shared(interval_us));
+        if idle && !by_commit {
+            self.idle.found_nothing(cost);
+            self.rest(key, began);
+        }
         // Without news too: what was asked for while the capture went on waits.
         self.pump_followers(key);
         if let Some(request) = request {

@@ -53,6 +53,7 @@ impl Engine {
     pub(super) fn sweep(&mut self) {
         // A sweep is a second.
         self.pool.trim((limits::STAGING_KEPT_MS / 1000) as u32);
+        self.idle.sweep();
         for key in self.regions.keys() {
             let Some(entry) = self.regions.get_mut(key) else {
                 continue;

@@ -19,6 +19,8 @@ pub(crate) enum Timer {
     Listen,
     /// Requests for cuts that took too long.
     Cuts,
+    /// The writers of regions that sleep.
+    Idle,
     /// What is left of this second's audit.
     Audit,
     /// Once a second: rates, forgotten replicas, new audit work.

@@ -25,6 +25,7 @@ use std::time::{Duration, Instant};
 
 use super::audit::Audit;
 use super::faults::FaultThread;
+use super::idle::Sleep;
 use super::losses::kind_of;
 use super::regions::Statistics;
 use crate::limits;
@@ -62,8 +63,11 @@ pub(super) struct Tracked {
     capture: Option<Running>,
     /// Why the next capture has to compare everything.
     lost: Option<String>,
-    /// When the next timer capture is due; none where only commits publish.
+    /// When the next timer capture is due; none where only commits publish, and while
+    /// the region sleeps.
     pub(super) due: Option<Instant>,
+    /// Whether it sleeps, see `idle`.
+    pub(super) sleep: Sleep,
     /// In mode `sync`: who answers the writer's faults.
     pub(super) faults: Option<FaultThread>,
     /// A cut that the fault thread was asked for.
@@ -84,6 +88,7 @@ struct Running {
     source_time_ns: u64,
     cost: Duration,
     put_off_since: Option<Instant>,
+    began: Instant,
     /// Whether tracking was lost in this capture already.
     lost: bool,
     /// Whether it serves those who asked for a cut.
@@ -123,6 +128,8 @@ pub(super) struct Finished {
     pub(super) cost: Duration,
     /// Whether the region has a greater size with it.
     pub(super) grown: bool,
+    /// When it began, or later, but before anything was looked at.
+    pub(super) began: Instant,
 }
 
 /// What a tracked region starts with.
@@ -167,6 +174,7 @@ impl Tracked {
             // The first capture reads everything that is there.
             lost: Some("first capture".to_owned()),
             due: Some(now),
+            sleep: Sleep::default(),
             faults: start.faults,
             asked: None,
             cut_wanted: false,
@@ -360,12 +368,14 @@ impl Tracked {
             },
         };
         self.due = None;
+        self.sleep.end();
         self.capture = Some(Running {
             capture,
             commit,
             source_time_ns: realtime_ns(),
             cost: Duration::ZERO,
             put_off_since: None,
+            began: Instant::now(),
             lost: false,
             on_demand: false,
         });
@@ -460,14 +470,22 @@ impl Tracked {
             source_time_ns: running.source_time_ns,
             cost: running.cost,
             grown: std::mem::take(&mut self.grown),
+            began: running.began,
             captured,
         }
     }
 
-    /// Plans the next timer capture after one that found `dirty_pages`.
-    pub(super) fn schedule(&mut self, cost: Duration, dirty_pages: u64, now: Instant) {
+    /// Plans the next timer capture after one that found `dirty_pages`; after one that
+    /// found none the pause is `stretch` times as long.
+    pub(super) fn schedule(
+        &mut self,
+        cost: Duration,
+        dirty_pages: u64,
+        stretch: u64,
+        now: Instant,
+    ) {
         let cost_us = u64::try_from(cost.as_micros()).unwrap_or(u64::MAX);
-        let pause = self.interval.after_capture(cost_us, dirty_pages);
+        let pause = self.interval.after_capture(cost_us, dirty_pages, stretch);
         let nothing_new = self
             .faults
             .as_ref()

@@ -13,6 +13,7 @@ use std::fmt;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
+pub mod activity;
 pub mod behaviour;
 pub mod buffer;
 pub mod copy;

@@ -25,6 +25,7 @@ mod faults;
 mod growth;
 mod hand_over;
 mod hostile;
+mod idle;
 mod kernel_writers;
 mod library;
 mod loss;
