@@ -104,7 +104,8 @@ pub enum Op {
         /// Length that `buf` has at most afterwards; no more than its capacity.
         upto: usize,
     },
-    /// Sends `buf[from..]`; the result is the number of bytes, which may be fewer.
+    /// Sends `buf[from..]`; the result is the number of bytes, which may be fewer, even
+    /// none where no thread was to be had for many.
     Send {
         /// A connected, blocking socket.
         socket: Arc<OwnedFd>,
@@ -177,6 +178,9 @@ struct InFlight {
     op: Op,
     address: Option<Box<Address>>,
     message: Option<Box<Message>>,
+    /// Whether a kernel thread does it.
+    aside: bool,
+    cancelled: bool,
 }
 
 /// A ring of one thread.
@@ -186,6 +190,8 @@ pub struct Ring {
     in_flight: Slab<InFlight>,
     generation: u32,
     to_cancel: VecDeque<u64>,
+    /// Whether kernel threads are not to be had: nothing is left to them any more.
+    alone: bool,
     /// `SINGLE_ISSUER`: the thread that made it is the one that may use it.
     _not_send: PhantomData<*mut ()>,
 }
@@ -218,6 +224,7 @@ impl Ring {
             in_flight: Slab::new(),
             generation: 0,
             to_cancel: VecDeque::new(),
+            alone: false,
             _not_send: PhantomData,
         })
     }
@@ -266,9 +273,12 @@ impl Ring {
             Op::Connect { addr, .. } => Some(Box::new(Address::of(addr))),
             _ => None,
         };
-        let message = match &op {
-            Op::SendAll { bufs, from, .. } => Some(Message::of(bufs, *from)),
-            _ => None,
+        let (message, bytes) = match &op {
+            Op::SendAll { bufs, from, .. } => {
+                (Some(Message::of(bufs, *from)), bytes_of(bufs) - from)
+            }
+            Op::Send { buf, from, .. } => (None, buf.as_ref().len() - from),
+            _ => (None, 0),
         };
         let key = self.in_flight.insert(InFlight {
             token,
@@ -276,8 +286,13 @@ impl Ring {
             op,
             address,
             message,
+            aside: bytes >= ASIDE && !self.alone,
+            cancelled: false,
         });
-        let entry = entry_for(&mut self.in_flight[key]).user_data(number_of(key, generation));
+        let mut entry = entry_for(&mut self.in_flight[key]).user_data(number_of(key, generation));
+        if self.in_flight[key].aside {
+            entry = entry.flags(Flags::ASYNC);
+        }
         // SAFETY: required: what the entry points to stays valid until completion. I1, I2.
         if let Err(e) = unsafe { self.push(&entry) } {
             self.in_flight.remove(key);
@@ -289,9 +304,12 @@ impl Ring {
     /// Cancels all operations with that token, at the next [`Ring::enter`]. Each
     /// still completes: with `ECANCELED`, or as it would have if it was faster.
     pub fn cancel(&mut self, token: u64) {
-        let hit = self.in_flight.iter().filter(|(_, op)| op.token == token);
-        self.to_cancel
-            .extend(hit.map(|(key, op)| number_of(key, op.generation)));
+        for (key, op) in &mut self.in_flight {
+            if op.token == token {
+                op.cancelled = true;
+                self.to_cancel.push_back(number_of(key, op.generation));
+            }
+        }
     }
 
     /// Hands everything queued to the kernel, and waits until at least one
@@ -349,7 +367,13 @@ impl Ring {
                 continue;
             }
             let done = self.in_flight.remove(key);
-            return Some(completion(done, entry.result()));
+            let mut answer = entry.result();
+            if answer == -libc::ECANCELED && done.aside && !done.cancelled {
+                // The kernel could not start a thread, for want of processes most likely
+                // (`io_wq_enqueue` in `io_uring/io-wq.c`): nothing was sent.
+                (self.alone, answer) = (true, 0);
+            }
+            return Some(completion(done, answer));
         }
     }
 
@@ -472,15 +496,6 @@ fn length(bytes: usize) -> u32 {
     bytes.min(i32::MAX as usize) as u32
 }
 
-/// Lets a kernel thread do what would take this one long.
-fn aside(entry: Entry, bytes: usize) -> Entry {
-    if bytes >= ASIDE {
-        entry.flags(Flags::ASYNC)
-    } else {
-        entry
-    }
-}
-
 fn bytes_of(bufs: &[SendBuf]) -> usize {
     bufs.iter().map(|buf| buf.as_ref().len()).sum()
 }
@@ -531,12 +546,11 @@ fn entry_for(op: &mut InFlight) -> Entry {
         }
         Op::Send { socket, buf, from } => {
             let part = &buf.as_ref()[*from..];
-            let entry = opcode::Send::new(fd_of(socket), part.as_ptr(), length(part.len()))
+            opcode::Send::new(fd_of(socket), part.as_ptr(), length(part.len()))
                 .flags(libc::MSG_NOSIGNAL | libc::MSG_WAITALL)
-                .build();
-            aside(entry, part.len())
+                .build()
         }
-        Op::SendAll { socket, bufs, from } => {
+        Op::SendAll { socket, .. } => {
             let message = op
                 .message
                 .as_deref_mut()
@@ -545,10 +559,9 @@ fn entry_for(op: &mut InFlight) -> Entry {
                     message.header.msg_iov = message.parts.as_mut_ptr();
                     &raw const message.header
                 });
-            let entry = opcode::SendMsg::new(fd_of(socket), message)
+            opcode::SendMsg::new(fd_of(socket), message)
                 .flags((libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32)
-                .build();
-            aside(entry, bytes_of(bufs) - *from)
+                .build()
         }
         Op::Poll { fd, writable } => {
             let events = if *writable {

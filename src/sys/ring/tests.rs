@@ -242,6 +242,27 @@ fn many_buffers_travel_as_one_stream() {
 }
 
 #[test]
+fn a_ring_without_kernel_threads_sends_by_itself() {
+    let Some(mut ring) = ring() else { return };
+    for alone in [false, true] {
+        let (a, _b) = pair();
+        ring.alone = alone;
+        let send = Op::Send {
+            socket: Arc::clone(&a),
+            buf: SendBuf::Owned(vec![1; ASIDE]),
+            from: 0,
+        };
+        ring.submit(1, send).expect("send");
+        let aside = ring.in_flight.iter().any(|(_, op)| op.aside);
+        assert_eq!(aside, !alone);
+        ring.enter(Some(Duration::ZERO)).expect("enter");
+        assert!(!alone || ring.has_work(), "it is done at once");
+        let sent = one(&mut ring).result.expect("sent");
+        assert!(sent > 0);
+    }
+}
+
+#[test]
 fn a_send_cancelled_half_way_says_how_far_it_came() {
     let Some(mut ring) = ring() else { return };
     let (a, b) = pair();
