@@ -232,8 +232,10 @@ limits! {
     WINDOW_PAGES = 64, Count;
     /// Stores of one region that wait for room at the same time; further ones stay with the kernel.
     MAX_PARKED = 1_024, Count;
-    /// Processes that write one `sync` region.
-    MAX_WRITERS = 8, Count;
+    /// Processes that write one cooperative region; each costs the node a descriptor or three, and a bit per page in mode `sync`.
+    MAX_WRITERS = 32, Count;
+    /// Time for which the writers of a cooperative region may take to come back to a new node, before they count as gone; thirty of their dials.
+    AWAY_DEADLINE_MS = 60_000, Millis;
     /// Threads that answer faults, one for each `sync` region.
     MAX_FAULT_THREADS = 256, Count;
     /// How long such a thread looks for the next fault before it sleeps; what is beyond it wakes in 20 us.
@@ -363,6 +365,14 @@ const _: () = {
     assert!(
         CUT_POOL_MAX / PAGE_SIZE < 1 << 24,
         "a slot's number fits beside a page's"
+    );
+    assert!(
+        AWAY_DEADLINE_MS > 10 * RECONNECT_MAX_MS,
+        "a writer dials often enough before it counts as gone"
+    );
+    assert!(
+        MAX_WRITERS <= 32,
+        "the control page has a line of words for each writer"
     );
     assert!(
         MARK_RING_SLOTS.is_power_of_two(),

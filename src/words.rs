@@ -40,6 +40,9 @@ pub enum WordError {
     /// A tracking mode that does not exist.
     #[error("unknown tracking mode; use async, sync, manual, compare or auto")]
     Mode,
+    /// A kind of writing that does not exist.
+    #[error("unknown kind of region; use exclusive or cooperative")]
+    WriteKind,
     /// A way of publishing that does not exist.
     #[error("unknown way of publishing; use timer or commit")]
     Publish,
@@ -208,6 +211,13 @@ named_words! {
         /// and what the writer asked for. No region is tracked in this mode.
         Auto = "auto",
     }
+    /// Who may write a region.
+    WriteKind, WriteKind {
+        /// One process, whose mapping is the only writable one there ever is.
+        Exclusive = "exclusive",
+        /// Several processes, which come and go.
+        Cooperative = "cooperative",
+    }
     /// When a region's epochs are made; never both ways at once.
     Publish, Publish {
         /// By timer, at an interval that adapts to what is found: convergent epochs.
@@ -282,7 +292,7 @@ macro_rules! serde_as_text {
     };
 }
 
-serde_as_text!(RegionName Generation RegionId Mode Publish EpochKind LossKind);
+serde_as_text!(RegionName Generation RegionId Mode WriteKind Publish EpochKind LossKind);
 
 #[cfg(test)]
 mod tests {

@@ -14,7 +14,7 @@ use super::space::{EXAMPLES as SPACE_EXAMPLES, SpaceCommand};
 use super::var::args::{EXAMPLES as VAR_EXAMPLES, VarCommand, VarPartyArgs};
 use crate::units::ByteSize;
 use crate::wire::follow::FollowSpec;
-use crate::words::{Mode, RegionName};
+use crate::words::{Mode, Publish, RegionName};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -165,7 +165,7 @@ pub struct ServeArgs {
 /// The commands on regions.
 #[derive(Debug, Subcommand)]
 pub enum RegionCommand {
-    /// Makes a region that the node holds, filled with zeros
+    /// Makes a region that the node holds, or one that several programs write, filled with zeros
     Create {
         /// Name of the new region: letters, digits, `.`, `_`, `-`
         name: RegionName,
@@ -173,15 +173,21 @@ pub enum RegionCommand {
         #[arg(long)]
         size: ByteSize,
         /// Greatest size that `region grow` may give it [default: its size]
-        #[arg(long, value_name = "SIZE")]
+        #[arg(long, value_name = "SIZE", conflicts_with = "cooperative")]
         max_size: Option<ByteSize>,
         /// Lets other nodes follow it
         #[arg(long)]
         shared: bool,
-        /// How its changes are to be found; only `auto`, since the node makes them itself.
-        /// Modes are for regions that programs write
+        /// Programs write it, as many as attach to it, instead of the node
+        #[arg(long)]
+        cooperative: bool,
+        /// How its changes are to be found [default: async]; only `auto` without --cooperative,
+        /// since the node makes them itself
         #[arg(long, value_name = "MODE")]
         mode: Option<Mode>,
+        /// When epochs of a cooperative region are made: timer or commit [default: timer]
+        #[arg(long, value_name = "WHEN", requires = "cooperative")]
+        publish: Option<Publish>,
         /// How it is printed.
         #[command(flatten)]
         report: Report,
@@ -207,10 +213,11 @@ pub enum RegionCommand {
         #[command(flatten)]
         report: Report,
     },
-    /// Writes a file or standard input into a region that the node holds
+    /// Writes a file or standard input into a region that the node holds or that is cooperative
     #[command(
         after_help = "Input beyond the end of the region is refused. Pieces of 1 MiB are \
-                            each one epoch."
+                            each one epoch; of a cooperative region all of it is under one \
+                            guard, and committed."
     )]
     Write {
         /// Name of the region

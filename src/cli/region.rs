@@ -18,18 +18,20 @@ use super::args::{RegionCommand, Report};
 use super::failure::BadInput;
 use super::output::{Output, grouped};
 use super::status::{print_region, regions_table};
-use crate::client::{Node, Reader};
+use crate::client::{Node, Reader, Writer};
 use crate::limits;
 use crate::region::ReadError;
 use crate::sys::process::realtime_ns;
 use crate::units::{ByteSize, MIB, checked_range};
-use crate::wire::control::{RegionStatus, Role};
-use crate::words::{Mode, RegionName};
+use crate::wire::control::{RegionStatus, Role, Terms};
+use crate::words::{Mode, Publish, RegionName, WriteKind};
 
 /// Bytes moved at once.
 const PIECE: u64 = MIB;
 /// Transfers from this size on show a progress bar, on a terminal.
 const BAR_FROM: u64 = 64 * MIB;
+/// Time for the commit of what was written to a cooperative region.
+const COMMIT_DEADLINE: Duration = Duration::from_secs(30);
 /// Most bytes that `read --json` prints as hexadecimal digits.
 const MAX_HEX: u64 = MIB;
 
@@ -41,9 +43,15 @@ pub(super) fn run(command: RegionCommand, node: &NodeAt) -> anyhow::Result<()> {
             size,
             max_size,
             shared,
+            cooperative,
             mode,
+            publish,
             report,
         } => {
+            if cooperative {
+                let terms = cooperative_terms(mode, publish)?;
+                return create_cooperative(report, node, &name, size, shared, terms);
+            }
             check_held_mode(mode)?;
             let sizes = (size, max_size.unwrap_or(size));
             create(report, node, &name, sizes, shared, mode)
@@ -144,6 +152,40 @@ fn create(
     }
 }
 
+fn create_cooperative(
+    report: Report,
+    node: &NodeAt,
+    name: &RegionName,
+    size: ByteSize,
+    shared: bool,
+    terms: Terms,
+) -> anyhow::Result<()> {
+    let mut node = Node::connect(node.path())?;
+    node.create_cooperative(name.as_str(), size.0, shared, terms)
+        .with_context(|| format!("creating cooperative region {name} of {size}"))?;
+    done(report, &region_status(&mut node, name)?, "created")
+}
+
+/// What all writers of a new cooperative region agree on. Which mode `auto` is depends on
+/// the writer, so it is not one of them.
+fn cooperative_terms(mode: Option<Mode>, publish: Option<Publish>) -> anyhow::Result<Terms> {
+    let mode = mode.unwrap_or(Mode::Async);
+    if mode == Mode::Auto {
+        return Err(BadInput(
+            "--mode auto: writers that come later have to know the mode; name async, sync, manual \
+             or compare"
+                .to_owned(),
+        )
+        .into());
+    }
+    Ok(Terms {
+        mode,
+        publish: publish.unwrap_or(Publish::Timer),
+        interval_min_us: None,
+        interval_max_us: None,
+    })
+}
+
 /// A line for people behind what was reported.
 fn note(report: Report, line: impl std::fmt::Display) -> anyhow::Result<()> {
     let mut out = Output::new();
@@ -213,14 +255,15 @@ fn show(report: Report, node: &NodeAt, name: &RegionName) -> anyhow::Result<()> 
 
 fn write(
     report: Report,
-    node: &NodeAt,
+    node_at: &NodeAt,
     name: &RegionName,
     offset: u64,
     file: Option<&Path>,
 ) -> anyhow::Result<()> {
-    let mut node = Node::connect(node.path())?;
+    let mut node = Node::connect(node_at.path())?;
     let region = region_status(&mut node, name)?;
-    if region.role != Role::Held {
+    let cooperative = region.kind == Some(WriteKind::Cooperative);
+    if region.role != Role::Held && !cooperative {
         return Err(BadInput(format!(
             "region {name} is not held by the node: only what `region create` made is written so"
         ))
@@ -243,6 +286,53 @@ fn write(
         None => buffered(io::stdin().lock(), room).context("reading standard input")?,
     };
     checked_range(offset, len, region.size).with_context(|| format!("writing to region {name}"))?;
+    let sent = if cooperative {
+        write_attached(node_at, name, offset, &mut input, len)?
+    } else {
+        write_held(&mut node, name, offset, &mut input, len)?
+    };
+    say(
+        report,
+        &json!({ "name": name, "offset": offset, "bytes": sent }),
+        format_args!("wrote {} bytes at {offset} of {name}", grouped(sent)),
+    )
+}
+
+/// Writes as one more of a cooperative region's writers, and commits.
+fn write_attached(
+    node: &NodeAt,
+    name: &RegionName,
+    offset: u64,
+    input: &mut dyn Read,
+    len: u64,
+) -> anyhow::Result<u64> {
+    let writer = Writer::attach(node.path(), name.as_str())
+        .with_context(|| format!("attaching to region {name}"))?;
+    let mut bytes = vec![0; PIECE.min(len) as usize];
+    let guard = writer.write_guard()?;
+    let mut done = 0;
+    while done < len {
+        let piece = &mut bytes[..PIECE.min(len - done) as usize];
+        input
+            .read_exact(piece)
+            .context("reading the input, which became shorter meanwhile")?;
+        writer.write(offset + done, piece)?;
+        writer.mark_region_changed(offset + done, piece.len() as u64)?;
+        done += piece.len() as u64;
+    }
+    guard
+        .commit(COMMIT_DEADLINE)
+        .with_context(|| format!("committing what was written to {name}"))?;
+    Ok(done)
+}
+
+fn write_held(
+    node: &mut Node,
+    name: &RegionName,
+    offset: u64,
+    input: &mut dyn Read,
+    len: u64,
+) -> anyhow::Result<u64> {
     let bar = progress(len);
     let mut piece = vec![0; PIECE.min(len) as usize];
     let mut sent = 0;
@@ -257,11 +347,7 @@ fn write(
         bar.set_position(sent);
     }
     bar.finish_and_clear();
-    say(
-        report,
-        &json!({ "name": name, "offset": offset, "bytes": sent }),
-        format_args!("wrote {} bytes at {offset} of {name}", grouped(sent)),
-    )
+    Ok(sent)
 }
 
 /// Reads a stream of unknown length whole, at most one byte more than there is

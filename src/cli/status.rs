@@ -25,6 +25,10 @@ pub(super) fn run(report: Report, node: &NodeAt) -> anyhow::Result<()> {
         out.line("")?;
         out.table(&regions_table(&status.regions))?;
     }
+    if status.regions.iter().any(|r| !r.attachments.is_empty()) {
+        out.line("")?;
+        out.table(&attachments_table(&status.regions))?;
+    }
     if status.regions.iter().any(|r| !r.replicas.is_empty()) {
         out.line("")?;
         out.table(&replicas_table(&status.regions))?;
@@ -147,6 +151,29 @@ fn losses_table(regions: &[RegionStatus]) -> Table {
     rows
 }
 
+/// Who writes the cooperative ones of these regions.
+fn attachments_table(regions: &[RegionStatus]) -> Table {
+    let mut rows = table([
+        ("REGION", Align::Left),
+        ("SLOT", Align::Right),
+        ("PID", Align::Right),
+        ("MODE", Align::Left),
+        ("STATE", Align::Left),
+    ]);
+    for region in regions {
+        for writer in &region.attachments {
+            rows.add_row([
+                region.name.clone(),
+                writer.slot.to_string(),
+                writer.pid.to_string(),
+                writer.mode.to_string(),
+                writer.state.clone(),
+            ]);
+        }
+    }
+    rows
+}
+
 /// `3 rounds, the last in 59.9 s of 60.0 s`.
 fn audit_text(audit: &AuditStatus) -> String {
     let seconds = |ms: u64| format!("{:.1} s", ms as f64 / 1_000.0);
@@ -202,6 +229,7 @@ pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::R
         ),
         ("shared", yes_no(region.shared)),
         ("owner uid", region.owner_uid.to_string()),
+        ("kind", dash(region.kind.map(|kind| kind.as_str()))),
         ("writer pid", dash(region.writer_pid)),
         ("generation", region.generation.clone()),
         (
@@ -219,6 +247,10 @@ pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::R
         ("hot pages", dash(region.hot.as_ref().map(hot_text))),
         ("readers", region.readers.to_string()),
     ]))?;
+    if !region.attachments.is_empty() {
+        out.line("")?;
+        out.table(&attachments_table(std::slice::from_ref(region)))?;
+    }
     if !region.losses.is_empty() {
         out.line("")?;
         out.table(&losses_table(std::slice::from_ref(region)))?;

@@ -8,7 +8,7 @@ use super::ClientError;
 use super::variables::VariablesLink;
 use crate::limits;
 use crate::sys::net::{self, Blocking};
-use crate::wire::control::{self, CONTROL_VERSION, NodeStatus, Request, Response};
+use crate::wire::control::{self, CONTROL_VERSION, NodeStatus, Request, Response, Terms};
 
 /// How long one request may take before the connection counts as broken.
 const ANSWER_DEADLINE: Duration = Duration::from_secs(30);
@@ -122,6 +122,30 @@ impl Node {
             size,
             max_size: (max_size != size).then_some(max_size),
             shared,
+            cooperative: None,
+        };
+        self.expect_done("region create", &request, &[], &[])
+    }
+
+    /// Makes a cooperative region of `size` bytes, which programs write by
+    /// [`Writer::attach`](super::Writer::attach); nobody does yet.
+    ///
+    /// # Errors
+    /// If the name is taken, the size is out of range, or this kernel cannot track in
+    /// that mode.
+    pub fn create_cooperative(
+        &mut self,
+        name: &str,
+        size: u64,
+        shared: bool,
+        terms: Terms,
+    ) -> Result<(), ClientError> {
+        let request = Request::RegionCreate {
+            name: name.to_owned(),
+            size,
+            max_size: None,
+            shared,
+            cooperative: Some(terms),
         };
         self.expect_done("region create", &request, &[], &[])
     }

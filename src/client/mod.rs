@@ -131,6 +131,7 @@ impl ClientError {
             control::Response::Attached { .. } => "an attachment",
             control::Response::PreviousLife { .. } => "a previous life",
             control::Response::HandedOver { .. } => "a hand-over",
+            control::Response::Enlisted { .. } => "a cooperative region",
             control::Response::Cut { .. } => "a cut",
             control::Response::Refused { .. } => "a refusal",
         };

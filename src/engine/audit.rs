@@ -46,6 +46,8 @@ pub(super) struct Audit {
     rounds: u64,
     round_began: Instant,
     last_round: Option<Duration>,
+    /// Which writer's mapping is looked at.
+    mapping_of: usize,
     mapping_at: u64,
     mapping_owed: u64,
     mapping_rounds: u64,
@@ -89,6 +91,7 @@ impl Audit {
             rounds: 0,
             round_began: now,
             last_round: None,
+            mapping_of: 0,
             mapping_at: 0,
             mapping_owed: 0,
             mapping_rounds: 0,
@@ -145,12 +148,15 @@ impl Engine {
                 continue;
             };
             let standstill = tracked.stands_still(&entry.control, captures, self.now);
-            let replaced = tracked.replaced(self.now);
+            let replaced = match tracked.crew {
+                Some(_) => None,
+                None => tracked.replaced(self.now),
+            };
             let waits = !tracked.audit.is_idle();
             if track::Audit::concerns(&tracked.tracker) {
                 // Only the asynchronous kind is told of by the page map.
                 let mapped = match &tracked.tracker {
-                    Tracker::Async { attachment, .. } => attachment.len,
+                    Tracker::Async { attachments, .. } => attachments.iter().map(|it| it.len).sum(),
                     _ => 0,
                 };
                 tracked.audit.grant(entry.size, mapped, period);
@@ -161,6 +167,7 @@ impl Engine {
             for finding in standstill.into_iter().chain(replaced) {
                 self.found(key, finding);
             }
+            self.muster(key);
         }
         if !self.audits.is_empty() {
             self.audit_later();
@@ -265,7 +272,17 @@ impl Tracked {
     /// Asks about one slice of the mapping: whether it is tracked still, and whether
     /// something was stored there.
     fn audit_mapping(&mut self, now: Instant) -> Option<Finding> {
-        let attachment = self.tracker.attachment()?;
+        let attachments = self.tracker.attachments();
+        let of = self.audit.mapping_of;
+        let Some(attachment) = attachments.get(of) else {
+            // Writers have left meanwhile: a round begins.
+            (self.audit.mapping_of, self.audit.mapping_at) = (0, 0);
+            if attachments.is_empty() {
+                self.audit.mapping_owed = 0;
+            }
+            return None;
+        };
+        let is_last = of + 1 >= attachments.len();
         let pagemap = attachment.pagemap.as_ref()?;
         let from = self.audit.mapping_at;
         let to = attachment.len.min(from + limits::MAPPING_SLICE);
@@ -276,6 +293,8 @@ impl Tracked {
                 .tracker
                 .is_stored_to(from..to, &self.twin, &self.source);
         }
+        let mut gone = None;
+        let len = attachment.len;
         let finding = match answer {
             Ok(tracked) if tracked >= to - from => None,
             // The end of the process is noticed by other means, and is no alarm.
@@ -290,17 +309,23 @@ impl Tracked {
                 ),
             )),
             Err(error) if error.raw_os_error() == Some(ESRCH) => {
-                self.memory_gone.get_or_insert(now);
+                gone = Some(attachment.slot);
                 None
             }
             Err(error) => Some(Finding::new(LossKind::ScanError, chain(&error))),
         };
+        if let Some(slot) = gone
+            && !self.note_memory_gone(slot, now)
+        {
+            self.memory_gone.get_or_insert(now);
+        }
         let audit = &mut self.audit;
         audit.mapping_owed = audit.mapping_owed.saturating_sub(to - from);
         audit.mapping_at = to;
-        if to >= attachment.len {
+        if to >= len {
             audit.mapping_at = 0;
-            audit.mapping_rounds += 1;
+            audit.mapping_of = if is_last { 0 } else { of + 1 };
+            audit.mapping_rounds += u64::from(is_last);
         }
         finding
     }

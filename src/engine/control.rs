@@ -18,7 +18,6 @@ use crate::limits;
 use crate::sys::net::{self, Blocking, PeerCredentials};
 use crate::sys::ring::{Completion, Op};
 use crate::wire::control::{self, ControlError, RefusalCode, Request, Response};
-use crate::words::LossKind;
 
 /// Reads taken in one turn, so that a client that never stops sending holds nobody up.
 const READS_PER_TURN: usize = 32;
@@ -312,7 +311,7 @@ impl Engine {
             self.forget_reader(region, key);
         }
         for region in connection.writes {
-            self.writer_left(region, LossKind::LinkEnded);
+            self.link_ended(region, key);
         }
     }
 }

@@ -27,6 +27,8 @@ pub(super) struct Asked {
     commit: Option<CommitSeen>,
     on_demand: bool,
     all: bool,
+    /// Whether all who may store were members then.
+    whole: bool,
 }
 
 impl Tracked {
@@ -69,12 +71,17 @@ impl Tracked {
                 statistics.last_loss = Some(reason);
             }
             self.due = None;
+            let whole = self.crew.as_mut().is_none_or(|crew| {
+                crew.take_torn();
+                crew.is_complete()
+            });
             self.last_asked = faults.ask(all);
             self.asked = Some(Asked {
                 number: self.last_asked,
                 commit,
                 on_demand: std::mem::take(&mut self.cut_wanted),
                 all,
+                whole,
             });
             return false;
         };
@@ -108,6 +115,7 @@ impl Tracked {
             began: Instant::now(),
             lost: false,
             on_demand: asked.on_demand,
+            whole: asked.whole,
         });
         true
     }
@@ -172,7 +180,7 @@ impl Tracked {
             self.capture = None;
         }
         self.tracker = Tracker::Compare {
-            attachment: self.tracker.take_attachment(),
+            attachments: self.tracker.take_attachments(),
         };
         self.lose(reason, now);
     }

@@ -14,16 +14,22 @@
 //! I2. From its start on it allocates nothing, takes no lock and logs nothing: a store
 //!     may wait for it that holds whatever lock its program has.
 //! I3. What it tells the loop stands in the [`Board`] before the event rings.
+//! I4. Writers join and leave by a queue that it takes from before each cut, so one that
+//!     was handed over before a cut is asked for is part of that cut. What it needs of them
+//!     was allocated before, and goes back to be freed elsewhere.
 //!
 //! Failure: whatever the kernel refuses ends the thread, with the reason on the board;
-//! the region is then compared.
+//! the region is then compared. But of a cooperative region a process whose memory is
+//! gone can store nothing any more: only that one leaves, and the loop is told.
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+
+use crossbeam_queue::ArrayQueue;
 
 use crate::limits;
 use crate::shm::SharedMemory;
@@ -32,7 +38,7 @@ use crate::sys::net::wait_readable;
 use crate::sys::process::{EventFd, monotonic_ns};
 use crate::sys::uffd::{Fault, Faults, Uffd};
 use crate::track::TrackError;
-use crate::track::exact::{Board, Cut, Cutter, Ground, Lost};
+use crate::track::exact::{Armed, Board, Cut, Cutter, Ground, Lost};
 use crate::units::PAGE_SIZE;
 
 /// Faults answered before the commands are looked at again.
@@ -41,6 +47,10 @@ const FAULTS_PER_TURN: u32 = 256;
 const STARVED_PAUSE: Duration = Duration::from_millis(1);
 /// Bytes of a page, for buffers.
 const PAGE: usize = PAGE_SIZE as usize;
+/// Writers of one region.
+const WRITERS: usize = limits::MAX_WRITERS as usize;
+/// Changes that wait for the thread: each writer may have left and joined again.
+const CHANGES: usize = 4 * WRITERS;
 
 /// A fault thread that could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -54,6 +64,9 @@ pub(super) enum FaultThreadError {
     /// No thread.
     #[error("cannot start a fault thread")]
     Thread(#[source] std::io::Error),
+    /// Writers join and leave faster than the thread takes notice of.
+    #[error("a fault thread has not yet taken notice of {CHANGES} writers that came or went")]
+    Busy,
 }
 
 /// One writing process's mapping, as the thread uses it.
@@ -65,6 +78,30 @@ pub(super) struct Writing {
     pub(super) base: u64,
 }
 
+/// A writer that comes or goes.
+enum Change {
+    Join(Box<Newcomer>),
+    Leave { slot: usize },
+}
+
+/// What the thread has of one writer; made and freed elsewhere.
+struct Newcomer {
+    slot: usize,
+    source: Source,
+    armed: Armed,
+}
+
+/// What it does not need any more.
+type Left = (Option<Box<Newcomer>>, Option<Armed>);
+
+/// What the thread and the loop tell each other of writers.
+struct Traffic {
+    changes: ArrayQueue<Change>,
+    left: ArrayQueue<Left>,
+    /// Slots whose process was found without memory.
+    gone: AtomicU64,
+}
+
 /// A running fault thread; ended and joined on drop.
 #[derive(Debug)]
 pub(super) struct FaultThread {
@@ -73,7 +110,14 @@ pub(super) struct FaultThread {
     events: Arc<EventFd>,
     events_fd: Arc<OwnedFd>,
     stop: Arc<AtomicBool>,
+    traffic: Arc<Traffic>,
     thread: Option<JoinHandle<()>>,
+}
+
+impl std::fmt::Debug for Traffic {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Traffic").finish_non_exhaustive()
+    }
 }
 
 impl FaultThread {
@@ -90,10 +134,31 @@ impl FaultThread {
         Self::start_with(board, memory, writers, Cutter::cut)
     }
 
+    /// The same for a cooperative region that nobody writes yet.
+    ///
+    /// # Errors
+    /// [`FaultThreadError`].
+    pub(super) fn start_empty(
+        board: &Arc<Board>,
+        memory: SharedMemory,
+    ) -> Result<Self, FaultThreadError> {
+        Self::run_with(board, memory, Vec::new(), true, Cutter::cut)
+    }
+
     fn start_with(
         board: &Arc<Board>,
         memory: SharedMemory,
         writers: Vec<Writing>,
+        make: Make,
+    ) -> Result<Self, FaultThreadError> {
+        Self::run_with(board, memory, writers, false, make)
+    }
+
+    fn run_with(
+        board: &Arc<Board>,
+        memory: SharedMemory,
+        writers: Vec<Writing>,
+        cooperative: bool,
         make: Make,
     ) -> Result<Self, FaultThreadError> {
         let commands = Arc::new(EventFd::new()?);
@@ -101,13 +166,31 @@ impl FaultThread {
         let events_fd = Arc::new(events.try_clone_fd()?);
         let stop = Arc::new(AtomicBool::new(false));
         let cutter = Cutter::new(Arc::clone(board), writers.len())?;
+        let traffic = Arc::new(Traffic {
+            changes: ArrayQueue::new(CHANGES),
+            left: ArrayQueue::new(2 * CHANGES),
+            gone: AtomicU64::new(0),
+        });
+        let mut places: Vec<Option<Box<Newcomer>>> = Vec::with_capacity(WRITERS);
+        for (slot, writing) in writers.into_iter().enumerate().take(WRITERS) {
+            // Its arming is the cutter's already.
+            let newcomer = Newcomer {
+                slot,
+                source: Source::new(writing),
+                armed: Armed::vacant(),
+            };
+            places.push(Some(Box::new(newcomer)));
+        }
+        places.resize_with(WRITERS, || None);
         let kernel = Kernel {
             board: Arc::clone(board),
             memory,
-            writers: writers.into_iter().map(Source::new).collect(),
+            writers: places,
+            cooperative,
             turn: 0,
             buffer: Box::new([0; PAGE]),
             stop: Arc::clone(&stop),
+            traffic: Arc::clone(&traffic),
         };
         let (heard, told) = (Arc::clone(&commands), Arc::clone(&events));
         let thread = std::thread::Builder::new()
@@ -120,8 +203,51 @@ impl FaultThread {
             events,
             events_fd,
             stop,
+            traffic,
             thread: Some(thread),
         })
+    }
+
+    /// One more process writes: its stores wait from now on, if it comes armed, or from
+    /// the next cut on, which has to be of everything.
+    ///
+    /// # Errors
+    /// [`FaultThreadError::Track`], [`FaultThreadError::Busy`].
+    pub(super) fn join(
+        &self,
+        slot: u32,
+        writing: Writing,
+        is_armed: bool,
+    ) -> Result<(), FaultThreadError> {
+        let newcomer = Box::new(Newcomer {
+            slot: slot as usize,
+            source: Source::new(writing),
+            armed: Armed::new(self.board.pages(), is_armed)?,
+        });
+        self.change(Change::Join(newcomer))
+    }
+
+    /// A process writes no more: its stores wait no more either.
+    ///
+    /// # Errors
+    /// [`FaultThreadError::Busy`].
+    pub(super) fn leave(&self, slot: u32) -> Result<(), FaultThreadError> {
+        let slot = slot as usize;
+        self.change(Change::Leave { slot })
+    }
+
+    fn change(&self, change: Change) -> Result<(), FaultThreadError> {
+        let full = self.traffic.changes.push(change).is_err();
+        self.commands.ring();
+        if full {
+            return Err(FaultThreadError::Busy);
+        }
+        Ok(())
+    }
+
+    /// Slots of writers that were found without memory since this was asked last.
+    pub(super) fn take_gone(&self) -> u64 {
+        self.traffic.gone.swap(0, Ordering::Relaxed)
     }
 
     /// Asks for the next cut, once the capture of the last one has ended; its number.
@@ -143,9 +269,10 @@ impl FaultThread {
         &self.events_fd
     }
 
-    /// Silences the events.
+    /// Silences the events, and frees what writers left behind.
     pub(super) fn heard(&self) {
         self.events.drain();
+        while self.traffic.left.pop().is_some() {}
     }
 
     pub(super) fn board(&self) -> &Arc<Board> {
@@ -168,11 +295,15 @@ impl Drop for FaultThread {
 struct Kernel {
     board: Arc<Board>,
     memory: SharedMemory,
-    writers: Vec<Source>,
+    /// By slot.
+    writers: Vec<Option<Box<Newcomer>>>,
+    /// Whether one that is gone is no loss to the others.
+    cooperative: bool,
     /// Which writer is asked for faults next.
     turn: usize,
     buffer: Box<[u8; PAGE]>,
     stop: Arc<AtomicBool>,
+    traffic: Arc<Traffic>,
 }
 
 struct Source {
@@ -205,18 +336,68 @@ impl Kernel {
 
     /// Waits for a command, a fault or the end of `timeout`.
     fn wait(&self, commands: &EventFd, faults: bool, timeout: Option<Duration>) {
-        let mut fds: [BorrowedFd<'_>; 1 + limits::MAX_WRITERS as usize] =
-            [commands.as_fd(); 1 + limits::MAX_WRITERS as usize];
+        let mut fds: [BorrowedFd<'_>; 1 + WRITERS] = [commands.as_fd(); 1 + WRITERS];
         let mut count = 1;
         if faults {
-            for source in self.writers.iter().take(limits::MAX_WRITERS as usize) {
-                fds[count] = source.writing.uffd.as_fd();
+            for writer in self.writers.iter().flatten().take(WRITERS) {
+                fds[count] = writer.source.writing.uffd.as_fd();
                 count += 1;
             }
         }
         // A failure shows in the next call on the descriptors themselves.
         let _ = wait_readable(&fds[..count], timeout);
         commands.drain();
+    }
+
+    /// Takes notice of who came and went; whether the loop is to be told.
+    fn take_changes(&mut self, cutter: &mut Cutter) -> bool {
+        let mut changed = false;
+        while let Some(change) = self.traffic.changes.pop() {
+            let left = match change {
+                Change::Join(mut newcomer) => {
+                    let slot = newcomer.slot;
+                    // What stays in its place is never looked at.
+                    let armed = std::mem::replace(&mut newcomer.armed, Armed::vacant());
+                    let old = cutter.join(slot, armed);
+                    (self.writers[slot].replace(newcomer), Some(old))
+                }
+                Change::Leave { slot } => {
+                    cutter.forget(slot);
+                    (self.writers[slot].take(), None)
+                }
+            };
+            // Without room it is dropped here: no store waits for it any more.
+            drop(self.traffic.left.push(left));
+            changed = true;
+        }
+        changed
+    }
+
+    /// One of several writers has no memory any more.
+    fn is_gone(&self, attachment: usize, lost: Lost) -> bool {
+        let gone = self.cooperative && lost == Lost::Refused { errno: ESRCH };
+        if gone {
+            self.traffic
+                .gone
+                .fetch_or(1 << attachment, Ordering::Relaxed);
+        }
+        gone
+    }
+
+    fn change_protection(
+        &self,
+        attachment: usize,
+        pages: &Range<u64>,
+        call: fn(&Uffd, u64, u64) -> Result<(), SysError>,
+    ) -> Result<(), Lost> {
+        let Some(writer) = &self.writers[attachment] else {
+            return Ok(());
+        };
+        let (start, len) = writer.source.address(pages);
+        match call(&writer.source.writing.uffd, start, len).map_err(refused) {
+            Err(lost) if self.is_gone(attachment, lost) => Ok(()),
+            result => result,
+        }
     }
 }
 
@@ -225,15 +406,11 @@ impl Ground for Kernel {
 
     fn protect(&mut self, attachment: usize, pages: Range<u64>) -> Result<(), Lost> {
         self.check_stop()?;
-        let source = &self.writers[attachment];
-        let (start, len) = source.address(&pages);
-        source.writing.uffd.protect(start, len).map_err(refused)
+        self.change_protection(attachment, &pages, Uffd::protect)
     }
 
     fn lift(&mut self, attachment: usize, pages: Range<u64>) -> Result<(), Lost> {
-        let source = &self.writers[attachment];
-        let (start, len) = source.address(&pages);
-        source.writing.uffd.unprotect(start, len).map_err(refused)
+        self.change_protection(attachment, &pages, Uffd::unprotect)
     }
 
     fn save(&mut self, page: u64, slot: u32) {
@@ -247,9 +424,20 @@ impl Ground for Kernel {
         self.check_stop()?;
         for _ in 0..self.writers.len() {
             let attachment = self.turn % self.writers.len();
-            let Source { writing, faults } = &mut self.writers[attachment];
-            if faults.is_empty() {
-                writing.uffd.read_faults(faults).map_err(refused)?;
+            let Some(writer) = &mut self.writers[attachment] else {
+                self.turn = attachment + 1;
+                continue;
+            };
+            let Source { writing, faults } = &mut writer.source;
+            if faults.is_empty()
+                && let Err(error) = writing.uffd.read_faults(faults)
+            {
+                let lost = refused(error);
+                if !self.is_gone(attachment, lost) {
+                    return Err(lost);
+                }
+                self.turn = attachment + 1;
+                continue;
             }
             match faults.next() {
                 Some(Fault::Protected { address }) => {
@@ -270,6 +458,9 @@ impl Ground for Kernel {
         monotonic_ns()
     }
 }
+
+/// The answer of each call once the memory of the process is gone.
+const ESRCH: i32 = nix::libc::ESRCH;
 
 fn refused(error: SysError) -> Lost {
     Lost::Refused {
@@ -319,7 +510,13 @@ fn serve(
     let mut busy_until = Instant::now();
     loop {
         kernel.check_stop()?;
-        if let Some(wanted) = cutter.wanted() {
+        // Looked at before who came: whoever was there when it was asked for is part of it.
+        let wanted = cutter.wanted();
+        let told = kernel.traffic.gone.load(Ordering::Relaxed);
+        if kernel.take_changes(cutter) {
+            events.ring();
+        }
+        if let Some(wanted) = wanted {
             make(cutter, kernel, wanted.all)?;
             events.ring();
             continue;
@@ -335,6 +532,9 @@ fn serve(
             answered += 1;
         }
         if cutter.is_starved() && cutter.retry(kernel)? {
+            events.ring();
+        }
+        if kernel.traffic.gone.load(Ordering::Relaxed) & !told != 0 {
             events.ring();
         }
         if answered > 0 {

@@ -5,13 +5,15 @@ use std::os::fd::OwnedFd;
 
 use super::requests::{Refusal, chain};
 use crate::region::{Control, RegionKind};
+use crate::sys::SysError;
 use crate::sys::behaviour::Behaviour;
 use crate::sys::map::Access;
 use crate::sys::memfd::{self, Seals};
+use crate::sys::pagemap::Then;
 use crate::track::Attachment;
 use crate::units::PAGE_SIZE;
 use crate::wire::control::{HandOver, RefusalCode};
-use crate::words::Mode;
+use crate::words::{Mode, WriteKind};
 
 /// The descriptors of a hand-over, each of the kind it has to be.
 pub(super) struct Parts {
@@ -104,17 +106,22 @@ pub(super) fn open_control(fd: &OwnedFd, size: u64, max_size: u64) -> Result<Con
     Ok(control)
 }
 
-/// A data memfd that cannot shrink under the engine and that nobody else can write; one
-/// that has its greatest size takes no further seals either.
+/// A data memfd that cannot shrink under the engine and that nobody else can write,
+/// unless others are to; one that has its greatest size takes no further seals either.
 fn check_data(data: &OwnedFd, offer: &HandOver) -> Result<(), Refusal> {
     let size = offer.size;
     let seals = memfd::seals(data).map_err(|e| {
         Refusal::invalid(format!("the first descriptor is no memfd: {}", chain(&e)))
     })?;
-    let needed = match offer.max_size {
-        Some(max_size) if max_size > size => Seals::SHRINK | Seals::FUTURE_WRITE,
-        _ => Seals::SHRINK | Seals::FUTURE_WRITE | Seals::SEAL,
+    let alone = match offer.kind {
+        WriteKind::Exclusive => Seals::FUTURE_WRITE,
+        WriteKind::Cooperative => Seals::empty(),
     };
+    let last = match offer.max_size {
+        Some(max_size) if max_size > size => Seals::empty(),
+        _ => Seals::SEAL,
+    };
+    let needed = Seals::SHRINK | alone | last;
     if !seals.contains(needed) {
         return Err(Refusal::invalid(format!(
             "the data memfd has seals {seals:?}; it needs {needed:?}"
@@ -150,6 +157,37 @@ pub(super) fn check_mapping(mode: Mode, attachment: &Attachment) -> Result<(), R
         }
     }
     Ok(())
+}
+
+/// Refuses a further writer whose first page is not there and armed, or whose userfaultfd
+/// does not act on the memory that its page map is of. It has not stored yet, so the page
+/// can be opened for a moment.
+pub(super) fn check_armed(attachment: &Attachment) -> Result<(), Refusal> {
+    let (Some(uffd), Some(pagemap)) = (&attachment.uffd, &attachment.pagemap) else {
+        return Ok(());
+    };
+    let at = attachment.base;
+    let is_open = || {
+        let mut found = Vec::new();
+        pagemap
+            .scan_written(at, at + PAGE_SIZE, &mut found, 1, 1, Then::Leave)
+            .map(|_| !found.is_empty())
+            .map_err(|e| Refusal::failed("the pagemap cannot be scanned", &e))
+    };
+    let change = |result: Result<(), SysError>| {
+        result.map_err(|e| Refusal::failed("the userfaultfd does not protect that mapping", &e))
+    };
+    let armed = !is_open()?;
+    change(uffd.unprotect(at, PAGE_SIZE))?;
+    let opened = is_open()?;
+    change(uffd.protect(at, PAGE_SIZE))?;
+    if armed && opened {
+        return Ok(());
+    }
+    Err(Refusal::invalid(format!(
+        "the page at {at:#x} is not there and armed by the userfaultfd that was passed: \
+         one more writer arms all of its mapping before it hands it over"
+    )))
 }
 
 #[cfg(test)]

@@ -20,6 +20,7 @@ mod apply;
 mod audit;
 mod commands;
 mod control;
+mod crew;
 mod cuts;
 mod dial;
 mod faults;
@@ -140,7 +141,13 @@ enum Token {
     Doorbell(Key),
     WriterExit(Key),
     Faults(Key),
+    /// A writer of a cooperative region, by its slot.
+    MemberExit(u8, Key),
 }
+
+/// Tokens of this kind and the next ones: one for each slot of a cooperative region.
+const MEMBER_EXIT: u64 = 0x40;
+const MEMBER_EXIT_END: u64 = MEMBER_EXIT + limits::MAX_WRITERS;
 
 impl Token {
     fn to_bits(self) -> u64 {
@@ -157,6 +164,7 @@ impl Token {
             Self::Doorbell(key) => (9, Some(key)),
             Self::WriterExit(key) => (10, Some(key)),
             Self::Faults(key) => (11, Some(key)),
+            Self::MemberExit(slot, key) => (MEMBER_EXIT + u64::from(slot), Some(key)),
         };
         kind << Key::BITS | key.map_or(0, Key::to_bits)
     }
@@ -176,6 +184,9 @@ impl Token {
             9 => Self::Doorbell(key),
             10 => Self::WriterExit(key),
             11 => Self::Faults(key),
+            kind @ MEMBER_EXIT..MEMBER_EXIT_END => {
+                Self::MemberExit((kind - MEMBER_EXIT) as u8, key)
+            }
             _ => return None,
         })
     }
@@ -435,6 +446,7 @@ impl Engine {
             Token::Doorbell(key) => self.doorbell_rang(key),
             Token::WriterExit(key) => self.writer_left(key, LossKind::WriterExited),
             Token::Faults(key) => self.faults_rang(key),
+            Token::MemberExit(slot, key) => self.member_exited(key, slot.into()),
         }
         Ok(())
     }
@@ -600,6 +612,8 @@ mod tests {
             Token::Doorbell(key),
             Token::WriterExit(key),
             Token::Faults(key),
+            Token::MemberExit(0, key),
+            Token::MemberExit(31, key),
         ] {
             assert_eq!(Token::from_bits(token.to_bits()), Some(token));
         }

@@ -103,12 +103,31 @@ impl Engine {
                 size,
                 max_size,
                 shared,
+                cooperative: None,
             } => self
                 .create_held(&name, (size, max_size.unwrap_or(size)), shared, &call)
+                .map(|()| done()),
+            Request::RegionCreate {
+                size,
+                max_size: Some(max_size),
+                cooperative: Some(_),
+                ..
+            } if max_size != size => Err(Refusal::invalid(
+                "a cooperative region does not grow; leave max_size out",
+            )),
+            Request::RegionCreate {
+                name,
+                size,
+                max_size: _,
+                shared,
+                cooperative: Some(terms),
+            } => self
+                .create_cooperative(&name, size, shared, &terms, &call)
                 .map(|()| done()),
             Request::RegionGrow { name, size } => {
                 self.grow_region(&name, size, &call).map(|()| done())
             }
+            Request::Enlist { name } => self.enlist(&name, &call),
             Request::RegionWrite { name, offset } => {
                 self.write_held(&name, offset, &call).map(|()| done())
             }

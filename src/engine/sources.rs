@@ -5,6 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::crew::{Crew, new_doorbell};
 use super::faults::{FaultThread, Writing};
 use super::hand_over::{Parts, check_mapping, check_mode, check_writer, open_control};
 use super::keys::Key;
@@ -22,33 +23,50 @@ use crate::region::RegionKind;
 use crate::replicate::CaptureInfo;
 use crate::shm::SharedMemory;
 use crate::sys::map::{Access, Mapping};
-use crate::sys::process::{EventFd, realtime_ns};
+use crate::sys::process::realtime_ns;
 use crate::sys::ring::Op;
 use crate::sys::{SysError, memfd};
 use crate::track::{Attachment, ExtentSet, Interval, Source, Tracker, Twin, WhenFull};
 use crate::units::{PAGE_SIZE, page_of};
 use crate::wire::control::{HandOver, RefusalCode, Response};
-use crate::words::{EpochKind, Generation, LossKind, Mode, Publish, RegionName};
+use crate::words::{EpochKind, Generation, LossKind, Mode, Publish, RegionName, WriteKind};
 
 impl Engine {
     /// Takes over the tracking of a writer's region.
-    pub(super) fn hand_over(&mut self, offer: HandOver, call: Call) -> Result<Reply, Refusal> {
+    pub(super) fn hand_over(&mut self, offer: HandOver, mut call: Call) -> Result<Reply, Refusal> {
         let name = parse_name(&offer.name)?;
         let max_size = offer.max_size.unwrap_or(offer.size);
         check_sizes(offer.size, max_size)?;
+        if offer.kind == WriteKind::Cooperative && max_size != offer.size {
+            return Err(Refusal::invalid(
+                "a cooperative region does not grow; leave max_size out",
+            ));
+        }
+        let fds = std::mem::take(&mut call.fds);
+        if let Some(key) = self.crew_of(&name, &offer, &fds, &call)? {
+            let parts = Parts::take(&offer, fds)?;
+            return self.join(key, &offer, parts.attachment, &call, false);
+        }
         let earlier = self.earlier_life(&name, &call)?;
         check_mode(offer.mode, self.behaviour)?;
-        let parts = Parts::take(&offer, call.fds)?;
+        let parts = Parts::take(&offer, fds)?;
         check_writer(&parts.attachment, call.peer.pid)?;
         check_mapping(offer.mode, &parts.attachment)?;
         let control = open_control(&parts.control, offer.size, max_size)?;
-        let doorbell = EventFd::new().map_err(|e| Refusal::failed("cannot make a doorbell", &e))?;
-        let doorbell_fd = Arc::new(duplicate(&doorbell)?);
+        let doorbell = new_doorbell()?;
         let fds = vec![duplicate(&doorbell)?, self.pulse_fd()?];
         let data_fd = Arc::new(read_only(&parts.data)?);
         let control_fd = read_only(&parts.control)?;
-        let mut tracked = self.tracked(&offer, parts.data, parts.attachment, earlier)?;
-        tracked.doorbell = Some((doorbell, doorbell_fd));
+        let data = duplicate(&parts.data)?;
+        let (alone, first) = match offer.kind {
+            WriteKind::Exclusive => (Some(parts.attachment), None),
+            WriteKind::Cooperative => (None, Some(parts.attachment)),
+        };
+        let mut tracked = self.tracked(&offer, data, alone, earlier)?;
+        if first.is_some() {
+            tracked.crew = Some(Crew::new(parts.data, parts.control, &control, self.now));
+        }
+        tracked.hear(doorbell)?;
         tracked.chosen = offer.chosen.as_deref().map(printable);
         if let Some(reason) = &tracked.chosen {
             tracing::info!(region = %name, mode = %offer.mode, reason, "mode picked by auto");
@@ -75,39 +93,46 @@ impl Engine {
         let mut entry = self.entry_around(new, control, control_fd);
         entry.statistics.losses = losses;
         let key = self.add_region(entry);
-        if let Some(connection) = self.controls.get_mut(call.connection) {
-            connection
-                .writes
-                .retain(|old| self.regions.get(*old).is_some());
-            connection.writes.push(key);
-        }
         self.watch_writer(key);
+        if let Some(first) = first {
+            let joined = self.join(key, &offer, first, &call, true);
+            if joined.is_err() {
+                self.drop_region(key, "its first writer could not be taken on");
+            }
+            return joined;
+        }
+        self.note_writes(call.connection, key);
         self.make_runnable(key);
         let generation = generation.to_string();
-        Ok(Reply::new(Response::HandedOver { generation }, fds))
+        let slot = 0;
+        Ok(Reply::new(Response::HandedOver { generation, slot }, fds))
     }
 
     /// What the loop keeps of a region that was handed over. The twin is that of its
     /// earlier life, if there is one.
-    fn tracked(
+    pub(super) fn tracked(
         &mut self,
         offer: &HandOver,
         data: OwnedFd,
-        attachment: Attachment,
+        attachment: Option<Attachment>,
         earlier: Option<Key>,
     ) -> Result<Tracked, Refusal> {
         let max_size = offer.max_size.unwrap_or(offer.size);
         let memory = Mapping::with_room(&data, offer.size, max_size, Access::ReadOnly)
             .map_err(|error| Refusal::failed("cannot map the region", &error))?;
-        let writer_pid = attachment.pidfd.pid().ok();
-        let mut tracker = Tracker::new(offer.mode, Some(attachment))
-            .map_err(|e| Refusal::failed("tracking cannot be taken over", &e))?;
+        let writer_pid = attachment.as_ref().and_then(|it| it.pidfd.pid().ok());
+        let tracker = match offer.kind {
+            WriteKind::Exclusive => Tracker::new(offer.mode, attachment),
+            WriteKind::Cooperative => Tracker::empty(offer.mode, offer.size),
+        };
+        let mut tracker =
+            tracker.map_err(|e| Refusal::failed("tracking cannot be taken over", &e))?;
         tracker.set_hot_after(self.settings.tunables.hot_after);
         if memfd::page_bytes(&data).is_ok_and(|bytes| bytes > PAGE_SIZE) {
             tracker.set_huge();
         }
         let memory = SharedMemory::new(memory);
-        let faults = self.start_faults(&mut tracker, &memory)?;
+        let faults = self.start_faults(&mut tracker, &memory, offer.kind)?;
         let own_bounds = (offer.interval_min_us, offer.interval_max_us);
         let interval = self.interval_for(offer.mode, own_bounds);
         let twin = match earlier.and_then(|key| self.take_twin(key, offer.size, max_size)) {
@@ -135,8 +160,9 @@ impl Engine {
         &self,
         tracker: &mut Tracker,
         memory: &SharedMemory,
+        kind: WriteKind,
     ) -> Result<Option<FaultThread>, Refusal> {
-        let Tracker::Sync { attachment, board } = tracker else {
+        let Tracker::Sync { attachments, board } = tracker else {
             return Ok(None);
         };
         let running = self.regions.iter().filter(|(_, entry)| match &entry.body {
@@ -152,11 +178,19 @@ impl Engine {
                 ),
             ));
         }
-        let Some(uffd) = attachment.uffd.take() else {
-            return Err(Refusal::invalid("a region in mode sync has a userfaultfd"));
+        let mut writers = Vec::new();
+        for attachment in attachments {
+            let uffd = attachment.uffd.take();
+            let uffd = uffd.ok_or_else(|| Refusal::invalid("mode sync needs a userfaultfd"))?;
+            let base = attachment.base;
+            writers.push(Writing { uffd, base });
+        }
+        let started = match kind {
+            WriteKind::Exclusive => FaultThread::start(board, memory.clone(), writers),
+            // Writers join one by one.
+            WriteKind::Cooperative => FaultThread::start_empty(board, memory.clone()),
         };
-        let base = attachment.base;
-        FaultThread::start(board, memory.clone(), vec![Writing { uffd, base }])
+        started
             .map(Some)
             .map_err(|e| Refusal::failed("faults cannot be answered", &e))
     }
@@ -168,8 +202,10 @@ impl Engine {
             return Ok(None);
         }
         let key = self.owned_region(name.as_str(), call)?;
-        let living = match self.regions.get(key).map(|entry| &entry.body) {
-            Some(Body::Tracked(tracked)) if !tracked.is_file() => tracked.living_writer(),
+        let (living, several) = match self.regions.get(key).map(|entry| &entry.body) {
+            Some(Body::Tracked(tracked)) if !tracked.is_file() => {
+                (tracked.living_writer(), tracked.crew.is_some())
+            }
             _ => {
                 return Err(Refusal::new(
                     RefusalCode::Exists,
@@ -178,9 +214,9 @@ impl Engine {
             }
         };
         match living {
-            Some(pid) if pid != call.peer.pid => Err(Refusal::new(
+            Some(pid) if several || pid != call.peer.pid => Err(Refusal::new(
                 RefusalCode::Exists,
-                format!("process {pid} writes {name} already; a region has one writer"),
+                already_written(name.as_str(), pid),
             )),
             _ => Ok(Some(key)),
         }
@@ -212,7 +248,7 @@ impl Engine {
         if let Some(pid) = tracked.living_writer() {
             return Err(Refusal::new(
                 RefusalCode::Exists,
-                format!("process {pid} writes {name} already; a region has one writer"),
+                already_written(name, pid),
             ));
         }
         let fds = vec![duplicate(&entry.data_fd)?];
@@ -243,7 +279,9 @@ impl Engine {
         let tracked = Tracked::new(
             Start {
                 twin: Twin::new(size).map_err(|e| Refusal::failed("no memory for the twin", &e))?,
-                tracker: Tracker::Compare { attachment: None },
+                tracker: Tracker::Compare {
+                    attachments: Vec::new(),
+                },
                 source: Source::File { fd, size },
                 writer_pid: None,
                 mode: Mode::Compare,
@@ -304,7 +342,7 @@ impl Engine {
         }
     }
 
-    fn watch_writer(&mut self, key: Key) {
+    pub(super) fn watch_writer(&mut self, key: Key) {
         self.await_doorbell(key);
         self.await_faults(key);
         let Some(RegionEntry {
@@ -314,6 +352,9 @@ impl Engine {
         else {
             return;
         };
+        if tracked.crew.is_some() {
+            return;
+        }
         let Some(pidfd) = tracked
             .tracker
             .attachment()
@@ -392,6 +433,7 @@ impl Engine {
     /// The fault thread of a region tells: a cut, a first store, a loss.
     pub(super) fn faults_rang(&mut self, key: Key) {
         let now = self.now;
+        self.hear_of_members(key);
         let Some(entry) = self.regions.get_mut(key) else {
             return;
         };
@@ -446,7 +488,7 @@ impl Engine {
             tracked.doorbell = None;
             tracked.end_faults(reason, now);
             tracked.compare_from_now_on();
-            tracked.tracker.take_attachment();
+            tracked.tracker.take_attachments();
             tracked.lose(reason, now);
             self.ring.cancel(Token::Doorbell(key).to_bits());
             self.ring.cancel(Token::Faults(key).to_bits());
@@ -473,6 +515,9 @@ impl Engine {
         let Body::Tracked(tracked) = &mut entry.body else {
             return;
         };
+        if let Some(crew) = &mut tracked.crew {
+            crew.settle_guards(&entry.control);
+        }
         let budget = Duration::from_micros(limits::WORK_STEP_US);
         let progress = tracked.work(
             &entry.control,
@@ -695,6 +740,12 @@ impl Engine {
         self.ring.cancel(Token::Doorbell(key).to_bits());
         self.ring.cancel(Token::Faults(key).to_bits());
         self.ring.cancel(Token::WriterExit(key).to_bits());
+        if let Body::Tracked(tracked) = &entry.body {
+            for attachment in tracked.tracker.attachments() {
+                let token = Token::MemberExit(attachment.slot as u8, key);
+                self.ring.cancel(token.to_bits());
+            }
+        }
         for follower in &entry.followers {
             self.close_peer(follower.peer, reason);
         }
@@ -706,9 +757,16 @@ impl Engine {
     }
 }
 
+fn already_written(name: &str, pid: i32) -> String {
+    format!(
+        "process {pid} writes {name} already; a region has one writer, unless it is cooperative: \
+         attach to it then"
+    )
+}
+
 /// Whether a process that still counts as living has no memory any more: it exits, or
 /// it became another program.
-fn is_ending(attachment: &Attachment) -> bool {
+pub(super) fn is_ending(attachment: &Attachment) -> bool {
     let Some(pagemap) = attachment.pagemap.as_ref() else {
         return false;
     };

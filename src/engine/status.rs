@@ -11,9 +11,9 @@ use crate::sys::process::rss_bytes;
 use crate::track::Audit;
 use crate::units::{PAGE_SIZE, pages_for};
 use crate::wire::control::{
-    AuditStatus, ExactStatus, HotStatus, NodeStatus, RegionStatus, ReplicaStatus,
+    AttachmentStatus, AuditStatus, ExactStatus, HotStatus, NodeStatus, RegionStatus, ReplicaStatus,
 };
-use crate::words::{EpochKind, Generation, Mode};
+use crate::words::{EpochKind, Generation, Mode, WriteKind};
 
 /// Why a region that the node holds has no mode.
 const HELD: &str = "the node makes every change itself: nothing has to be found";
@@ -89,29 +89,25 @@ impl Engine {
 impl RegionEntry {
     pub(super) fn status(&self, tunables: &Tunables) -> RegionStatus {
         let pre_images = self.publication.pre_image_bytes();
-        let (state, mode, publish, overhead, writer_pid) = match &self.body {
+        let (state, mode, publish, overhead) = match &self.body {
             Body::Tracked(tracked) => {
-                let alive = tracked.is_file() || tracked.tracker.attachment().is_some();
-                let state = if alive { "live" } else { "orphaned" };
                 let pool = tracked.faults.as_ref().map(|it| it.board().pool_bytes());
                 let twin = tracked.twin.resident_bytes() + pool.unwrap_or(0);
-                let pid = tracked.tracker.attachment().and(tracked.writer_pid);
-                (state, Some(tracked.mode), Some(tracked.publish), twin, pid)
+                let (mode, publish) = (tracked.mode, tracked.publish);
+                (tracked.state(), Some(mode), Some(publish), twin)
             }
-            Body::Held(_) => ("live", None, None, 0, None),
-            Body::Replica(replica) => (
-                replica.state(),
-                None,
-                None,
-                replica.applier.staged_bytes(),
-                None,
-            ),
+            Body::Held(_) => ("live", None, None, 0),
+            Body::Replica(replica) => {
+                let staged = replica.applier.staged_bytes();
+                (replica.state(), None, None, staged)
+            }
         };
         let interval = match &self.body {
             Body::Tracked(tracked) => Duration::from_micros(tracked.interval.current()),
             _ => Duration::ZERO,
         };
         let (tracking, chosen, audit) = self.tracking(tunables);
+        let (writer_pid, kind, attachments) = self.writers();
         let (source, applied) = match &self.body {
             Body::Replica(replica) => (Some(replica.spec.to_string()), Some(replica.counts())),
             _ => (None, None),
@@ -135,6 +131,8 @@ impl RegionEntry {
             shared: self.shared,
             owner_uid: self.owner_uid,
             writer_pid,
+            kind,
+            attachments,
             generation: self.generation.to_string(),
             epoch: self.epoch,
             cut: self.kind == EpochKind::Cut,
@@ -153,6 +151,24 @@ impl RegionEntry {
             source,
             replicas: replicas.map(replica_status).collect(),
             applied,
+        }
+    }
+
+    /// A process that writes it, who may, and who does of several.
+    fn writers(&self) -> (Option<i32>, Option<WriteKind>, Vec<AttachmentStatus>) {
+        let Body::Tracked(tracked) = &self.body else {
+            return (None, None, Vec::new());
+        };
+        match &tracked.crew {
+            _ if tracked.is_file() => (None, None, Vec::new()),
+            Some(crew) => {
+                let kind = Some(WriteKind::Cooperative);
+                (tracked.living_writer(), kind, crew.status(tracked))
+            }
+            None => {
+                let pid = tracked.tracker.attachment().and(tracked.writer_pid);
+                (pid, Some(WriteKind::Exclusive), Vec::new())
+            }
         }
     }
 

@@ -24,10 +24,12 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::audit::Audit;
+use super::crew::Crew;
 use super::faults::FaultThread;
 use super::idle::Sleep;
 use super::losses::kind_of;
 use super::regions::Statistics;
+use super::requests::{Refusal, duplicate};
 use crate::limits;
 use crate::region::{Control, GuardState};
 use crate::replicate::Coming;
@@ -68,6 +70,8 @@ pub(super) struct Tracked {
     pub(super) due: Option<Instant>,
     /// Whether it sleeps, see `idle`.
     pub(super) sleep: Sleep,
+    /// Of a cooperative region: its writers.
+    pub(super) crew: Option<Crew>,
     /// In mode `sync`: who answers the writer's faults.
     pub(super) faults: Option<FaultThread>,
     /// A cut that the fault thread was asked for.
@@ -93,6 +97,8 @@ struct Running {
     lost: bool,
     /// Whether it serves those who asked for a cut.
     on_demand: bool,
+    /// Whether all who may store were seen when it began.
+    whole: bool,
 }
 
 /// A commit request and the guard's state when the capture for it began.
@@ -175,6 +181,7 @@ impl Tracked {
             lost: Some("first capture".to_owned()),
             due: Some(now),
             sleep: Sleep::default(),
+            crew: None,
             faults: start.faults,
             asked: None,
             cut_wanted: false,
@@ -204,6 +211,13 @@ impl Tracked {
         self.twin.grow(claimed);
         self.grown = true;
         Some(old)
+    }
+
+    /// Commits ring here from now on.
+    pub(super) fn hear(&mut self, doorbell: EventFd) -> Result<(), Refusal> {
+        let fd = Arc::new(duplicate(&doorbell)?);
+        self.doorbell = Some((doorbell, fd));
+        Ok(())
     }
 
     pub(super) fn is_file(&self) -> bool {
@@ -243,6 +257,10 @@ impl Tracked {
 
     /// The writer's process id while it lives.
     pub(super) fn living_writer(&self) -> Option<i32> {
+        if self.crew.is_some() {
+            let mut living = self.tracker.attachments().iter();
+            return living.find(|it| !it.has_exited())?.pidfd.pid().ok();
+        }
         let attachment = self.tracker.attachment()?;
         if self.link_ended || attachment.has_exited() {
             None
@@ -267,7 +285,7 @@ impl Tracked {
     /// Gives write-protection up, for a mapping that it does not hold for any more.
     pub(super) fn compare_from_now_on(&mut self) {
         self.tracker = Tracker::Compare {
-            attachment: self.tracker.take_attachment(),
+            attachments: self.tracker.take_attachments(),
         };
         // A capture of what was reported would end as if nothing else had changed.
         if self.capture.is_some() {
@@ -369,6 +387,10 @@ impl Tracked {
         };
         self.due = None;
         self.sleep.end();
+        let whole = match &mut self.crew {
+            Some(crew) => !crew.take_torn() && crew.is_complete(),
+            None => true,
+        };
         self.capture = Some(Running {
             capture,
             commit,
@@ -378,6 +400,7 @@ impl Tracked {
             began: Instant::now(),
             lost: false,
             on_demand: false,
+            whole,
         });
     }
 
@@ -448,7 +471,7 @@ impl Tracked {
     }
 
     /// What was moved into the twin until now is noted there: nothing of it is lost.
-    fn restart_whole(&mut self) {
+    pub(super) fn restart_whole(&mut self) {
         if let Some(running) = &mut self.capture {
             running.capture = Capture::full();
         }
@@ -459,8 +482,9 @@ impl Tracked {
             .commit
             .is_some_and(|seen| seen.guard.is_cut(&control.guard_state()));
         let exact = running.capture.is_of_cut();
+        let whole = running.whole && self.crew.as_ref().is_none_or(Crew::is_complete);
         Finished {
-            kind: if still_quiet || exact {
+            kind: if (still_quiet || exact) && whole {
                 EpochKind::Cut
             } else {
                 EpochKind::Convergent

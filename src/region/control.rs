@@ -8,6 +8,7 @@
 //! | commit request, guard | writer | engine |
 //! | mark head, ring | writer | engine |
 //! | mark tail | engine | writer |
+//! | owners of slots, life of the guard word | engine | writers |
 //!
 //! A reader's copy of the generation is consistent by a sequence of its own; the
 //! epoch's kind and time by the version, which is the data's sequence lock.
@@ -62,6 +63,8 @@ pub struct GuardState {
     pub committers: u16,
     /// Guards ever taken, wrapping: a difference means that somebody wrote.
     pub entries: u32,
+    /// Times that the guard word was given up because a process died in it.
+    pub life: u32,
 }
 
 impl GuardState {
@@ -72,7 +75,9 @@ impl GuardState {
 
     /// Whether what was captured between `self` and `after` is an exact instant.
     pub fn is_cut(&self, after: &GuardState) -> bool {
-        self.is_quiet() && after.is_quiet() && self.entries == after.entries
+        self.is_quiet()
+            && after.is_quiet()
+            && (self.entries, self.life) == (after.entries, after.life)
     }
 }
 
@@ -402,11 +407,15 @@ impl Control {
     pub fn guard_state(&self) -> GuardState {
         // SYNC(guard): a guard that was given back counts in `entries` read below;
         // pairs with the release of the guard.
-        let word = turns::look(self.guard_word());
+        let life = self.guard_life();
+        let word = turns::look(self.guard_word(life));
+        // Whoever holds one of an earlier life writes too.
+        let earlier = u16::from(!self.is_drained(life));
         GuardState {
-            shared: turns::shared_of(word) as u16,
+            shared: (turns::shared_of(word) as u16).saturating_add(earlier),
             committers: turns::committers_of(word) as u16,
             entries: self.mem.atomic_u32(GUARD_ENTRIES).load(Ordering::Relaxed),
+            life,
         }
     }
 

@@ -4,7 +4,7 @@
 //! prefetcher fetches pairs), each written by one side only. Words are accessed
 //! by atomics; the identity is written once, before anybody else has the memory.
 
-use crate::limits::{MARK_RING_SLOTS, MAX_ACKED_SLOTS, MAX_NAME_BYTES};
+use crate::limits::{MARK_RING_SLOTS, MAX_ACKED_SLOTS, MAX_NAME_BYTES, MAX_WRITERS};
 use crate::units::{PAGE_SIZE, pages_for};
 
 /// "uffdctl" and the layout's version, as a number; stored last.
@@ -74,8 +74,21 @@ pub(super) const MARK_TAIL: u64 = 0x480;
 /// Writer raises it after setting bits, the engine clears it before taking them.
 pub(super) const MARK_OVERFLOW: u64 = 0x500;
 
+/// Writers of a cooperative region: the guard word of odd lives, as [`GUARD`] that of
+/// even ones.
+pub(super) const GUARD_ODD: u64 = 0x580;
+/// Engine: the guard word's life, as [`crate::shm::lives`] says.
+pub(super) const GUARD_LIFE: u64 = 0x600;
+/// Engine: for each slot the process that has it, 0 if none: u32.
+pub(super) const OWNERS: u64 = 0x640;
+
 /// Who writes the data (the writer, or the engine): the size now, never less than it was.
 pub(super) const SIZE: u64 = 0x700;
+
+/// Writers: for each slot two words, of even and of odd lives: how many of its threads
+/// use the guard word. u32 each, one line for each slot.
+pub(super) const HELD: u64 = 0x800;
+pub(super) const HELD_LINE: u64 = 64;
 
 /// Writer: the ring's slots, {offset u64, length u64} each.
 pub(super) const MARK_RING: u64 = PAGE_SIZE;
@@ -95,8 +108,10 @@ const _: () = {
     assert!(GENERATION_HIGH + 8 <= ANSWER_LINE);
     assert!(ACKED + 8 * MAX_ACKED_SLOTS <= WRITER);
     assert!(STATISTICS + 8 * STATISTICS_WORDS <= MARK_HEAD);
-    assert!(MARK_OVERFLOW + 128 <= SIZE);
-    assert!(SIZE + 128 <= MARK_RING);
+    assert!(MARK_OVERFLOW + 128 <= GUARD_ODD);
+    assert!(OWNERS + 4 * MAX_WRITERS <= SIZE);
+    assert!(SIZE + 128 <= HELD);
+    assert!(HELD + HELD_LINE * MAX_WRITERS <= MARK_RING);
     assert!(MARK_BITMAP.is_multiple_of(PAGE_SIZE));
     assert!(CONTROL_BYTES == 0x21000);
 };

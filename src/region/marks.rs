@@ -3,7 +3,8 @@
 //! A ring of {offset, length} in the control page, filled by the writer (one
 //! thread at a time: the caller holds the region's lock), drained by the engine.
 //! When the ring is full, bits are set instead, one for each chunk of pages; so
-//! no mark is ever lost, it only gets coarser.
+//! no mark is ever lost, it only gets coarser. In a cooperative region, whose marks come
+//! from several processes at once, bits are all there is: setting them needs no order.
 //!
 //! ```text
 //! writer: slot[head % n] = mark, head + 1 ---> engine: take slots tail..head
@@ -37,6 +38,14 @@ impl Control {
         offset.store(mark.start, Ordering::Relaxed);
         len.store(mark.end - mark.start, Ordering::Relaxed);
         queue::publish(head_word, head);
+    }
+
+    /// The same from any number of threads and processes: the bits of its pages are set,
+    /// whichever of them it is of.
+    pub(super) fn push_shared_mark(&self, mark: Range<u64>) {
+        if !mark.is_empty() {
+            self.push_bits(mark);
+        }
     }
 
     #[cold]

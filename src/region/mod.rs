@@ -12,7 +12,8 @@
 //! there ever is; whoever comes after it makes new memory with the old content
 //! and a new generation. The control memfd is sealed against resizing only: the
 //! writer and the engine both write it, and each takes what it reads there for
-//! hostile input.
+//! hostile input. A cooperative region has several `Region`s over the same two memfds,
+//! in as many processes; its data is sealed against resizing only.
 //!
 //! - I1: offsets and lengths are checked against the size that the control page tells,
 //!   copied out and bounded by the identity; never against `fstat`. A size that is new
@@ -105,6 +106,12 @@ pub enum RegionError {
     /// Huge pages in a mode that works on small ones.
     #[error("mode sync opens and saves single small pages; use it without huge pages, or async")]
     HugeMode,
+    /// An option that only a region with one writer has.
+    #[error("a cooperative region has no {0}; leave it out, or make the region exclusive")]
+    NotCooperative(
+        /// The option's name.
+        &'static str,
+    ),
     /// Growth beyond the greatest size.
     #[error(
         "cannot grow to {size} bytes; the region was made with a greatest size of \

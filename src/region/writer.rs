@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -19,10 +19,10 @@ use super::{
 use crate::shm::{FIRST_SEALS, LAST_SEALS, SharedMemory};
 use crate::sys::SysError;
 use crate::sys::map::{Access, Mapping};
-use crate::sys::memfd::{self, HUGE_PAGE};
+use crate::sys::memfd::{self, HUGE_PAGE, Seals};
 use crate::sys::process::EventFd;
 use crate::units::{PAGE_SIZE, checked_range, page_align_up};
-use crate::words::{EpochKind, Generation, Mode, Publish, RegionId, RegionName};
+use crate::words::{EpochKind, Generation, Mode, Publish, RegionId, RegionName, WriteKind};
 
 /// How a region is tracked and when its epochs are made.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +31,12 @@ pub struct RegionOptions {
     pub mode: Mode,
     /// When epochs are made.
     pub publish: Publish,
+    /// Who may write it. Default exclusive: the memory is sealed, so that no second
+    /// writable mapping and no write by descriptor is possible. A cooperative region
+    /// cannot be sealed so, since further writers map it later: what is stored through a
+    /// mapping that was not handed to the node, written by `pwrite(2)`, or punched out is
+    /// not seen when it happens, only by the audit within its period.
+    pub kind: WriteKind,
     /// Whether children made by `fork` are left without the memory. Default true: a
     /// child that stores into it gets `SIGSEGV`. Without it a child inherits the
     /// mapping and its stores change the region, but write-protection does not see
@@ -61,6 +67,7 @@ impl Default for RegionOptions {
         Self {
             mode: Mode::Async,
             publish: Publish::Timer,
+            kind: WriteKind::Exclusive,
             dont_fork: true,
             mseal: false,
             max_size: None,
@@ -101,7 +108,8 @@ impl Shared {
 /// Threads may store into it by any means: [`Region::write`], typed fields,
 /// [`Region::as_ptr`]. How the stores are found is the mode's matter. The memory
 /// is not inherited by `fork` (unless [`RegionOptions::dont_fork`] is off), and nobody
-/// else can ever map it for writing.
+/// else can ever map it for writing, unless it is cooperative: then each writing process
+/// has a `Region` of its own over the same memory.
 ///
 /// Memory: the pages that were written, 132 KiB of control page as it is used, and
 /// one bit per page.
@@ -111,9 +119,11 @@ pub struct Region {
     data: SparseData,
     control_fd: OwnedFd,
     options: RegionOptions,
-    /// Marks have one producer at a time.
+    /// Marks of an exclusive region have one producer at a time.
     marks: Mutex<()>,
     growing: Mutex<()>,
+    /// This process's place among the writers of a cooperative region.
+    slot: AtomicU32,
     instance: u64,
 }
 
@@ -170,6 +180,13 @@ impl Region {
         check_sizes(size, max_size)?;
         let action = sys("creating a region");
         let memfd_name = format!("uffd-sync:{name}");
+        let is_shared = options.kind == WriteKind::Cooperative;
+        if is_shared && max_size != size {
+            return Err(RegionError::NotCooperative("max_size"));
+        }
+        if is_shared && options.huge_pages {
+            return Err(RegionError::NotCooperative("huge_pages"));
+        }
         let (fd, mapping) = if options.huge_pages {
             huge_data(&memfd_name, size, max_size, options.mode)?
         } else {
@@ -177,13 +194,12 @@ impl Region {
             let mapping = Mapping::with_room(&fd, size, max_size, Access::ReadWrite);
             (fd, mapping.map_err(&action)?)
         };
-        if options.dont_fork {
-            mapping.dont_fork().map_err(&action)?;
-        }
-        if options.mseal {
-            mapping.seal().map_err(&action)?;
-        }
-        memfd::add_seals(&fd, FIRST_SEALS).map_err(&action)?;
+        prepare(&mapping, options).map_err(&action)?;
+        let alone = match options.kind {
+            WriteKind::Exclusive => FIRST_SEALS,
+            WriteKind::Cooperative => Seals::SHRINK,
+        };
+        memfd::add_seals(&fd, alone).map_err(&action)?;
         if size == max_size {
             memfd::add_seals(&fd, LAST_SEALS).map_err(&action)?;
         }
@@ -198,7 +214,51 @@ impl Region {
         // The engine may be another user's: it reads the one and shares both with readers.
         memfd::let_others_read(&fd).map_err(&action)?;
         memfd::let_others_read(&control_fd).map_err(&action)?;
-        Ok(Self {
+        Ok(Self::over(mapping, fd, control, control_fd, options))
+    }
+
+    /// Maps a cooperative region that another process made, as one more of its writers.
+    /// Both descriptors are open for writing. `options` are those that its writers have
+    /// agreed on.
+    ///
+    /// # Errors
+    /// [`RegionError::Foreign`] if it is not the memory of a region, or sealed against
+    /// further writers; [`RegionError::Sys`] where the kernel refuses.
+    pub fn attach(
+        data: OwnedFd,
+        control_fd: OwnedFd,
+        options: &RegionOptions,
+    ) -> Result<Self, RegionError> {
+        let action = sys("attaching to a cooperative region");
+        let foreign = |problem| RegionError::Foreign {
+            page: "cooperative region",
+            problem,
+        };
+        let control = Control::open(&control_fd, Access::ReadWrite)?;
+        if control.identity().kind != RegionKind::Source {
+            return Err(foreign("no program writes it"));
+        }
+        let seals = memfd::seals(&data).map_err(&action)?;
+        if !seals.contains(Seals::SHRINK) || seals.contains(Seals::FUTURE_WRITE) {
+            return Err(foreign("its seals are others"));
+        }
+        let size = control.size();
+        if memfd::size(&data).map_err(&action)? < size {
+            return Err(foreign("it is too short"));
+        }
+        let mapping = map_for_writing(&data, size, options).map_err(&action)?;
+        Ok(Self::over(mapping, data, control, control_fd, options))
+    }
+
+    fn over(
+        mapping: Mapping,
+        fd: OwnedFd,
+        control: Control,
+        control_fd: OwnedFd,
+        options: &RegionOptions,
+    ) -> Self {
+        let size = control.size();
+        Self {
             shared: Arc::new(Shared {
                 control,
                 link: Mutex::new(None),
@@ -208,8 +268,9 @@ impl Region {
             options: *options,
             marks: Mutex::new(()),
             growing: Mutex::new(()),
+            slot: AtomicU32::new(0),
             instance: NEXT_INSTANCE.fetch_add(1, Ordering::Relaxed),
-        })
+        }
     }
 
     /// Makes a region with the content of an earlier life's data, which may be open
@@ -340,6 +401,23 @@ impl Region {
         self.data.memory().expect("a writer's region is mapped")
     }
 
+    /// Has the first page in the page table of this process, for others to look at.
+    pub fn populate_first_page(&self) {
+        let word = self.memory().atomic_u64(0);
+        std::hint::black_box(word.load(Ordering::Relaxed));
+    }
+
+    /// This process's place among the writers; none in an exclusive region.
+    pub fn slot(&self) -> Option<u32> {
+        let cooperative = self.options.kind == WriteKind::Cooperative;
+        cooperative.then(|| self.slot.load(Ordering::Relaxed))
+    }
+
+    /// The node has given this process a place.
+    pub fn set_slot(&self, slot: u32) {
+        self.slot.store(slot, Ordering::Relaxed);
+    }
+
     pub(super) fn instance(&self) -> u64 {
         self.instance
     }
@@ -381,6 +459,16 @@ impl Region {
         Ok(Typed::new(self, offset))
     }
 
+    /// The 8-byte word at an aligned `offset`, for atomics between threads and between the
+    /// processes that write a cooperative region. Stores to it are tracked like all others.
+    ///
+    /// # Errors
+    /// [`RegionError::OutOfRange`] if it is misaligned or beyond the end.
+    pub fn atomic_u64(&self, offset: u64) -> Result<&AtomicU64, RegionError> {
+        checked_range(offset, 8, self.size())?;
+        Ok(self.memory().checked_atomic_u64(offset)?)
+    }
+
     /// A part of the region, for reading.
     ///
     /// # Errors
@@ -401,12 +489,17 @@ impl Region {
     /// Says that `len` bytes at `offset` were changed: they are shipped as they are
     /// when they are captured next. Costs two uncontended atomic operations and a
     /// lock of this process; never waits for the engine. A burst beyond
-    /// [`MARK_RING_SLOTS`](crate::limits::MARK_RING_SLOTS) degrades to whole pages.
+    /// [`MARK_RING_SLOTS`](crate::limits::MARK_RING_SLOTS) degrades to whole pages, which
+    /// marks in a cooperative region are always.
     ///
     /// # Errors
     /// [`RegionError::OutOfRange`].
     pub fn mark_region_changed(&self, offset: u64, len: u64) -> Result<(), RegionError> {
         let mark = checked_range(offset, len, self.size())?;
+        if self.options.kind == WriteKind::Cooperative {
+            self.control().push_shared_mark(mark);
+            return Ok(());
+        }
         let _one = self.marks.lock().unwrap_or_else(PoisonError::into_inner);
         self.control().push_mark(mark);
         Ok(())
@@ -441,13 +534,13 @@ impl Region {
             return Err(RegionError::EngineGone);
         }
         let begun = Instant::now();
-        let committer = Committer::enter(self.control(), begun + deadline / 2)?;
+        let committer = Committer::enter(self.control(), self.slot(), begun + deadline / 2)?;
         self.commit_as(committer, begun, deadline)
     }
 
     pub(super) fn commit_as(
         &self,
-        committer: Committer<'_>,
+        mut committer: Committer<'_>,
         begun: Instant,
         deadline: Duration,
     ) -> Result<Epoch, RegionError> {
@@ -524,4 +617,22 @@ impl Region {
             .unwrap_or_else(PoisonError::into_inner);
         *place = None;
     }
+}
+
+/// A mapping that this process writes.
+fn map_for_writing(fd: &OwnedFd, size: u64, options: &RegionOptions) -> Result<Mapping, SysError> {
+    let mapping = Mapping::shared(fd, size, Access::ReadWrite)?;
+    prepare(&mapping, options)?;
+    Ok(mapping)
+}
+
+/// What the options ask of a mapping that is written.
+fn prepare(mapping: &Mapping, options: &RegionOptions) -> Result<(), SysError> {
+    if options.dont_fork {
+        mapping.dont_fork()?;
+    }
+    if options.mseal {
+        mapping.seal()?;
+    }
+    Ok(())
 }

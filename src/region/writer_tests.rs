@@ -13,7 +13,7 @@ use crate::sys::map::{Access, Mapping};
 use crate::sys::memfd::{self, Seals};
 use crate::sys::process::EventFd;
 use crate::units::{GIB, MIB, PAGE_SIZE};
-use crate::words::{EpochKind, Generation, Mode, Publish, RegionName};
+use crate::words::{EpochKind, Generation, Mode, Publish, RegionName, WriteKind};
 
 const LONG: Duration = Duration::from_secs(30);
 
@@ -484,5 +484,26 @@ fn a_region_grows_to_its_greatest_size_and_no_further() {
     for (hostile, seen) in [(0, 5000), (u64::MAX, MIB)] {
         ours.store(hostile, Ordering::Release);
         assert_eq!(opened.size(), seen, "bounded by the identity");
+    }
+}
+
+#[test]
+fn what_a_cooperative_region_cannot_have_is_refused_by_name() {
+    let cooperative = RegionOptions {
+        kind: WriteKind::Cooperative,
+        ..RegionOptions::default()
+    };
+    let growing = RegionOptions {
+        max_size: Some(2 * PAGE_SIZE),
+        ..cooperative
+    };
+    let huge = RegionOptions {
+        huge_pages: true,
+        ..cooperative
+    };
+    let name = "shared".parse().expect("a name");
+    for (options, says) in [(growing, "max_size"), (huge, "huge_pages")] {
+        let error = Region::create(&name, PAGE_SIZE, &options).expect_err(says);
+        assert!(error.to_string().contains(says), "{error}");
     }
 }

@@ -7,11 +7,13 @@
 //! plain slice. [`Lines`] are words for hot paths, checked once when the layout is
 //! opened. [`seqlock`] is the protocol by which copies of more than one
 //! word are told whole from torn, [`turns`] the one by which guards and commits take
-//! turns, [`queue`] the one by which a writer hands marks over, [`count`] that of a
+//! turns, [`lives`] the one by which a word that a dead process
+//! counts in is given up, [`queue`] the one by which a writer hands marks over, [`count`] that of a
 //! counting semaphore, of which [`Semaphore`] is the named kind.
 pub mod count;
 #[cfg(not(loom))]
 mod lines;
+pub mod lives;
 #[cfg(not(loom))]
 mod memory;
 #[cfg(not(loom))]

@@ -176,10 +176,17 @@ pub fn is_quiet(now: u64) -> bool {
     shared_of(now) == 0
 }
 
+/// The word is given up: whoever sleeps on it is to look again.
+pub fn disturb(word: &AtomicU64) {
+    // SYNC(guard_life): who sees this sees the life that follows.
+    word.fetch_add(TURN, Ordering::Release);
+}
+
 /// Loads the word for [`is_quiet`] and [`has_ended`].
 pub fn look(word: &AtomicU64) -> u64 {
     // SYNC(guard): pairs with `leave_shared`, `guard_to_commit`.
     // SYNC(guard_free): pairs with `leave_commit`.
+    // SYNC(guard_life): pairs with `disturb`.
     word.load(Ordering::Acquire)
 }
 

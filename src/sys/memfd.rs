@@ -12,7 +12,7 @@
 //! | [`Seals::SEAL`] | further seals |
 
 use std::ops::Range;
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use nix::errno::Errno;
@@ -273,6 +273,16 @@ pub fn reopen_read_only(fd: impl AsFd) -> Result<OwnedFd, SysError> {
 pub fn is_read_only(fd: impl AsFd) -> Result<bool, SysError> {
     let flags = fcntl(fd.as_fd(), FcntlArg::F_GETFL).map_err(|e| SysError::new("F_GETFL", e))?;
     Ok(OFlag::from_bits_retain(flags) & OFlag::O_ACCMODE == OFlag::O_RDONLY)
+}
+
+/// Whether two descriptors are of the same file.
+///
+/// # Errors
+/// Whatever `fstat` says.
+pub fn is_same(a: impl AsFd, b: impl AsFd) -> Result<bool, SysError> {
+    let of = |fd: BorrowedFd<'_>| fstat(fd).map_err(|e| SysError::new("fstat", e));
+    let (a, b) = (of(a.as_fd())?, of(b.as_fd())?);
+    Ok((a.st_dev, a.st_ino) == (b.st_dev, b.st_ino))
 }
 
 /// What a memory file was called when it was created, for messages.

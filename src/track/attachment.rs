@@ -36,6 +36,8 @@ pub struct Attachment {
     pub base: u64,
     /// Length of the mapping in bytes, whole pages.
     pub len: u64,
+    /// Tells it apart among the writers of one region.
+    pub slot: u32,
 }
 
 impl Attachment {
@@ -65,6 +67,7 @@ impl Attachment {
             pidfd: PidFd::own().map_err(open)?,
             base: mapping.address(),
             len: mapping.len(),
+            slot: 0,
         })
     }
 
@@ -102,6 +105,7 @@ impl Attachment {
             pidfd: PidFd::from_fd(pidfd).map_err(open)?,
             base,
             len,
+            slot: 0,
         })
     }
 

@@ -21,7 +21,7 @@ use std::sync::atomic::{Ordering, fence};
 
 use super::attachment::ESRCH;
 use super::exact::Board;
-use super::{PAGE, Source, TrackError, Tracker, Twin};
+use super::{Attachment, Heat, PAGE, Source, TrackError, Tracker, Twin};
 use crate::limits::AUDIT_STEP_PAGES;
 use crate::sys::pagemap::Then;
 use crate::units::{PAGE_SIZE, page_of, pages_for};
@@ -145,26 +145,41 @@ impl Tracker {
     /// in mode `async`. Looks at up to 64 ranges; pages that are left open are reported
     /// without a store too, and so are compared with the twin.
     pub fn is_stored_to(&self, bytes: Range<u64>, twin: &Twin, source: &Source) -> bool {
-        const RANGES: usize = 64;
-        let Self::Async { attachment, heat } = self else {
+        let Self::Async {
+            attachments, heat, ..
+        } = self
+        else {
             return false;
         };
-        let Some(pagemap) = &attachment.pagemap else {
-            return false;
-        };
-        let (start, end) = (attachment.base + bytes.start, attachment.base + bytes.end);
-        let mut found = Vec::new();
-        let most = 4 * RANGES as u64;
-        let scan = pagemap.scan_written(start, end, &mut found, RANGES, most, Then::Leave);
-        scan.is_ok()
-            && found.iter().any(|range| {
-                let pages =
-                    page_of(range.start - attachment.base)..page_of(range.end - attachment.base);
-                pages
-                    .into_iter()
-                    .any(|page| !heat.is_hot(page) || differs(source, twin, page))
-            })
+        attachments
+            .iter()
+            .any(|attachment| is_stored_through(attachment, heat, bytes.clone(), (twin, source)))
     }
+}
+
+/// The same for one mapping.
+fn is_stored_through(
+    attachment: &Attachment,
+    heat: &Heat,
+    bytes: Range<u64>,
+    (twin, source): (&Twin, &Source),
+) -> bool {
+    const RANGES: usize = 64;
+    let Some(pagemap) = &attachment.pagemap else {
+        return false;
+    };
+    let (start, end) = (attachment.base + bytes.start, attachment.base + bytes.end);
+    let mut found = Vec::new();
+    let most = 4 * RANGES as u64;
+    let scan = pagemap.scan_written(start, end, &mut found, RANGES, most, Then::Leave);
+    scan.is_ok()
+        && found.iter().any(|range| {
+            let pages =
+                page_of(range.start - attachment.base)..page_of(range.end - attachment.base);
+            pages
+                .into_iter()
+                .any(|page| !heat.is_hot(page) || differs(source, twin, page))
+        })
 }
 
 /// Whether an allocated page differs from the twin; one that cannot be read does not.
@@ -180,30 +195,20 @@ fn differs(source: &Source, twin: &Twin, page: u64) -> bool {
 
 /// The first of `pages` that was not written since it was armed, and how many there are.
 fn unseen(tracker: &Tracker, pages: &[u64]) -> Result<Option<(u64, u64)>, TrackError> {
-    let attachment = match tracker {
-        Tracker::Async { attachment, .. } => attachment,
+    let attachments = match tracker {
+        Tracker::Async { attachments, .. } => attachments,
         Tracker::Sync { board, .. } => return Ok(unseen_by(board, pages)),
         _ => return Ok(None),
     };
-    let pagemap = attachment.pagemap.as_ref().ok_or(TrackError::Incomplete)?;
     let mut found = None;
     let mut written = Vec::new();
     for run in pages.chunk_by(|page, next| page + 1 == *next) {
-        let (first, count) = (run[0], run.len() as u64);
-        let start = attachment.base + first * PAGE_SIZE;
-        let end = start + count * PAGE_SIZE;
         written.clear();
-        pagemap
-            .scan_written(start, end, &mut written, run.len(), u64::MAX, Then::Leave)
-            .map_err(|source| match source.raw_os_error() {
-                Some(ESRCH) => TrackError::WriterExited,
-                _ => TrackError::Scan {
-                    offset: first * PAGE_SIZE,
-                    source,
-                },
-            })?;
+        for attachment in attachments {
+            ask_written(attachment, run, &mut written)?;
+        }
         for page in run {
-            let at = attachment.base + page * PAGE_SIZE;
+            let at = page * PAGE_SIZE;
             if !written.iter().any(|range| range.contains(&at)) {
                 let (_, count) = found.get_or_insert((*page, 0));
                 *count += 1;
@@ -211,6 +216,32 @@ fn unseen(tracker: &Tracker, pages: &[u64]) -> Result<Option<(u64, u64)>, TrackE
         }
     }
     Ok(found)
+}
+
+/// Appends what one writer has stored to of a run of pages, as offsets in the region.
+fn ask_written(
+    attachment: &Attachment,
+    run: &[u64],
+    written: &mut Vec<Range<u64>>,
+) -> Result<(), TrackError> {
+    let pagemap = attachment.pagemap.as_ref().ok_or(TrackError::Incomplete)?;
+    let offset = run[0] * PAGE_SIZE;
+    let start = attachment.base + offset;
+    let end = start + run.len() as u64 * PAGE_SIZE;
+    let mut ranges = Vec::new();
+    pagemap
+        .scan_written(start, end, &mut ranges, run.len(), u64::MAX, Then::Leave)
+        .map_err(|source| match source.raw_os_error() {
+            Some(ESRCH) => TrackError::WriterExited,
+            _ => TrackError::Scan { offset, source },
+        })?;
+    let base = attachment.base;
+    written.extend(
+        ranges
+            .iter()
+            .map(|range| range.start.saturating_sub(base)..range.end.saturating_sub(base)),
+    );
+    Ok(())
 }
 
 /// The same where faults are answered: a page is a member before its store goes on.
@@ -230,7 +261,7 @@ mod tests {
     use crate::shm::SharedMemory;
     use crate::sys::map::{Access, Mapping};
     use crate::sys::{memfd, or_skip};
-    use crate::track::{Attachment, Capture, PreImages, Step, WhenFull};
+    use crate::track::{Capture, PreImages, Step, WhenFull};
     use crate::units::MIB;
     use crate::words::Mode;
 

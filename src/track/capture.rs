@@ -119,7 +119,10 @@ pub struct Capture {
 
 #[derive(Debug)]
 enum Phase {
+    /// One writer's mapping after the other, of as many as there were at its start.
     Scan {
+        of: usize,
+        count: usize,
         at: u64,
     },
     /// The pages of a cut, from this one on.
@@ -184,9 +187,16 @@ impl Capture {
     /// the region is ignored.
     pub fn dirty(tracker: &Tracker, mut marks: Vec<Range<u64>>) -> Self {
         let phase = match tracker {
-            Tracker::Async { .. } => Phase::Scan { at: 0 },
+            Tracker::Async { attachments, .. } if !attachments.is_empty() => Phase::Scan {
+                of: 0,
+                count: attachments.len(),
+                at: 0,
+            },
             // What is written is found by cuts, and marks would show what came after.
-            Tracker::Manual { .. } | Tracker::Sync { .. } => Phase::Finished,
+            // And where nobody writes nothing is.
+            Tracker::Async { .. } | Tracker::Manual { .. } | Tracker::Sync { .. } => {
+                Phase::Finished
+            }
             Tracker::Compare { .. } => Phase::Compare(Walk::new(false)),
         };
         marks.retain(|mark| !mark.is_empty());
@@ -276,7 +286,9 @@ impl Capture {
             // Pages that were saved are taken before those that come first.
             _ if self.cut.is_some() => 0,
             Phase::Cut { page } => page * PAGE_SIZE,
-            Phase::Scan { at } => *at,
+            Phase::Scan { of, count, at } if of + 1 == *count => *at,
+            // The next writer may have stored anywhere.
+            Phase::Scan { .. } => 0,
             Phase::Compare(walk) => walk.at,
             Phase::Finished => size,
         };
@@ -302,7 +314,7 @@ impl Capture {
                 self.take_work(turn, range)?;
             } else {
                 match self.phase {
-                    Phase::Scan { at } => self.scan(turn, at)?,
+                    Phase::Scan { of, count, at } => self.scan(turn, of, count, at)?,
                     Phase::Cut { page } => self.take_cut_pages(turn, page)?,
                     Phase::Compare(_) => {
                         self.compare(turn)?;
@@ -593,34 +605,38 @@ impl Walk {
     /// Protects on, if the walk has come to the end of what is protected; up to where
     /// it may go.
     fn arm(&mut self, turn: &mut Turn<'_>) -> Result<u64, TrackError> {
-        let (Some(armed), Some(attachment)) = (self.armed, turn.tracker.armable()) else {
+        let armable = turn.tracker.armable();
+        let (Some(armed), Some(first)) = (self.armed, armable.first()) else {
             self.armed = None;
             return Ok(u64::MAX);
         };
         if armed > self.at {
             return Ok(armed);
         }
-        let end = attachment.len.min(page_align_up(turn.twin.size()));
+        let end = first.len.min(page_align_up(turn.twin.size()));
         let len = ARM_SPAN.min(end.saturating_sub(armed));
-        match attachment.arm_range(armed, len) {
-            // Who has exited writes no more: the comparison is all that is left to do.
-            Err(TrackError::WriterExited) => {
-                self.armed = None;
-                Ok(u64::MAX)
-            }
-            Err(error) => Err(error),
-            Ok(()) => {
-                // What was a hole may have become data before it was protected; data
-                // stays data, and to find its end again costs time for each page of it.
-                if !self.data.contains(&self.at) {
-                    self.data = 0..0;
-                }
-                self.armed = Some(armed + len);
-                turn.tracker
-                    .forget_heat(page_of(armed)..pages_for(armed + len));
-                turn.left = turn.left.saturating_sub(ARM_COST).max(1);
-                Ok(armed + len)
+        let mut living = 0;
+        for attachment in armable {
+            match attachment.arm_range(armed, len) {
+                Ok(()) => living += 1,
+                // Who has exited writes no more: comparing is all that is left to do.
+                Err(TrackError::WriterExited) => {}
+                Err(error) => return Err(error),
             }
         }
+        if living == 0 {
+            self.armed = None;
+            return Ok(u64::MAX);
+        }
+        // What was a hole may have become data before it was protected; data stays
+        // data, and to find its end again costs time for each page of it.
+        if !self.data.contains(&self.at) {
+            self.data = 0..0;
+        }
+        self.armed = Some(armed + len);
+        turn.tracker
+            .forget_heat(page_of(armed)..pages_for(armed + len));
+        turn.left = turn.left.saturating_sub(living * ARM_COST).max(1);
+        Ok(armed + len)
     }
 }

@@ -539,7 +539,7 @@ fn a_capture_that_is_lost_loses_no_extent() {
         bench.step(&mut capture, WhenFull::PutOff),
         Step::More
     ));
-    let Tracker::Async { attachment, .. } = &bench.tracker else {
+    let Some(attachment) = bench.tracker.attachment() else {
         panic!("async")
     };
     let uffd = attachment.uffd.as_ref().unwrap();

@@ -138,27 +138,31 @@ pub enum TrackError {
 pub enum Tracker {
     /// Asynchronous write-protection and page-map scans; marks are shipped too.
     Async {
-        /// The writer's mapping.
-        attachment: Attachment,
-        /// Its pages that are left open, since they are written all the time.
+        /// The mappings of the writers; none where nobody writes.
+        attachments: Vec<Attachment>,
+        /// Pages of the first one that are left open, since they are written all the
+        /// time; never any where several processes may write.
         heat: Heat,
+        /// Whether no other process will ever write.
+        alone: bool,
     },
     /// Synchronous write-protection and cuts.
     Sync {
-        /// The writer's mapping. Its userfaultfd is taken by who answers its faults.
-        attachment: Attachment,
+        /// The mappings of the writers. Their userfaultfds are taken by who answers
+        /// their faults.
+        attachments: Vec<Attachment>,
         /// What the fault thread and the captures share.
         board: Arc<exact::Board>,
     },
     /// Marks only.
     Manual {
-        /// The writer's mapping, if the region has a writing process.
-        attachment: Option<Attachment>,
+        /// The mappings of the writing processes, if the region has any.
+        attachments: Vec<Attachment>,
     },
     /// Everything compared with the twin.
     Compare {
-        /// The writer's mapping, if the region has a writing process.
-        attachment: Option<Attachment>,
+        /// The mappings of the writing processes, if the region has any.
+        attachments: Vec<Attachment>,
     },
 }
 
@@ -169,26 +173,67 @@ impl Tracker {
     /// [`TrackError::Incomplete`] if the mode needs an attachment, or descriptors of
     /// it, that are missing.
     pub fn new(mode: Mode, attachment: Option<Attachment>) -> Result<Self, TrackError> {
+        let size = match (mode, &attachment) {
+            (Mode::Async | Mode::Sync, None) => return Err(TrackError::Incomplete),
+            (_, attachment) => attachment.as_ref().map_or(0, |it| it.len),
+        };
+        let mut tracker = Self::empty(mode, size)?;
+        if let Self::Async { alone, .. } = &mut tracker {
+            *alone = true;
+        }
+        tracker.set_hot_after(limits::HOT_CAPTURES);
+        if let Some(attachment) = attachment {
+            tracker.attach(attachment)?;
+        }
+        Ok(tracker)
+    }
+
+    /// The tracker for a region of `size` bytes that nobody writes yet and several
+    /// processes may.
+    ///
+    /// # Errors
+    /// [`TrackError::Memory`], [`TrackError::Open`] if there is no memory for its tables.
+    pub fn empty(mode: Mode, size: u64) -> Result<Self, TrackError> {
+        let attachments = Vec::new();
         Ok(match mode {
-            Mode::Async => {
-                let attachment = attachment
-                    .filter(|it| it.uffd.is_some() && it.pagemap.is_some())
-                    .ok_or(TrackError::Incomplete)?;
-                let heat = Heat::new(pages_for(attachment.len), limits::HOT_CAPTURES);
-                Self::Async { attachment, heat }
-            }
-            Mode::Sync => {
-                let attachment = attachment
-                    .filter(|it| it.uffd.is_some())
-                    .ok_or(TrackError::Incomplete)?;
-                let board = Arc::new(exact::Board::new(attachment.len)?);
-                Self::Sync { attachment, board }
-            }
-            Mode::Manual => Self::Manual { attachment },
-            Mode::Compare => Self::Compare { attachment },
+            Mode::Async => Self::Async {
+                attachments,
+                heat: Heat::new(pages_for(size), 0),
+                alone: false,
+            },
+            Mode::Sync => Self::Sync {
+                attachments,
+                board: Arc::new(exact::Board::new(size)?),
+            },
+            Mode::Manual => Self::Manual { attachments },
+            Mode::Compare => Self::Compare { attachments },
             // A choice that was not made is no way of tracking.
             Mode::Auto => return Err(TrackError::Incomplete),
         })
+    }
+
+    /// One more process writes.
+    ///
+    /// # Errors
+    /// [`TrackError::Incomplete`] if the attachment lacks what the mode needs.
+    pub fn attach(&mut self, attachment: Attachment) -> Result<(), TrackError> {
+        let complete = match self {
+            Self::Async { .. } => attachment.uffd.is_some() && attachment.pagemap.is_some(),
+            Self::Sync { .. } => attachment.uffd.is_some(),
+            _ => true,
+        };
+        if !complete {
+            return Err(TrackError::Incomplete);
+        }
+        self.attachments_mut().push(attachment);
+        Ok(())
+    }
+
+    /// A process writes no more. A capture under way has to begin anew.
+    pub fn detach(&mut self, slot: u32) -> Option<Attachment> {
+        let attachments = self.attachments_mut();
+        let at = attachments.iter().position(|it| it.slot == slot)?;
+        Some(attachments.remove(at))
     }
 
     /// The mode it tracks in.
@@ -201,27 +246,44 @@ impl Tracker {
         }
     }
 
-    /// The writer's mapping, if there is a writing process.
+    /// The first writer's mapping, if there is a writing process.
     pub fn attachment(&self) -> Option<&Attachment> {
+        self.attachments().first()
+    }
+
+    /// The mappings of all writing processes.
+    pub fn attachments(&self) -> &[Attachment] {
         match self {
-            Self::Async { attachment, .. } | Self::Sync { attachment, .. } => Some(attachment),
-            Self::Manual { attachment } | Self::Compare { attachment } => attachment.as_ref(),
+            Self::Async { attachments, .. }
+            | Self::Sync { attachments, .. }
+            | Self::Manual { attachments }
+            | Self::Compare { attachments } => attachments,
         }
     }
 
-    /// Gives the attachment up; what is left compares.
-    pub fn take_attachment(&mut self) -> Option<Attachment> {
-        match std::mem::replace(self, Self::Compare { attachment: None }) {
-            Self::Async { attachment, .. } | Self::Sync { attachment, .. } => Some(attachment),
-            Self::Manual { attachment } | Self::Compare { attachment } => attachment,
+    pub(crate) fn attachments_mut(&mut self) -> &mut Vec<Attachment> {
+        match self {
+            Self::Async { attachments, .. }
+            | Self::Sync { attachments, .. }
+            | Self::Manual { attachments }
+            | Self::Compare { attachments } => attachments,
         }
     }
 
-    /// The mapping that is to be write-protected, in the mode that does so.
-    fn armable(&self) -> Option<&Attachment> {
+    /// Gives the attachments up; what is left compares.
+    pub fn take_attachments(&mut self) -> Vec<Attachment> {
+        let attachments = std::mem::take(self.attachments_mut());
+        *self = Self::Compare {
+            attachments: Vec::new(),
+        };
+        attachments
+    }
+
+    /// The mappings that are to be write-protected, in the mode that does so.
+    fn armable(&self) -> &[Attachment] {
         match self {
-            Self::Async { attachment, .. } => Some(attachment),
-            _ => None,
+            Self::Async { attachments, .. } => attachments,
+            _ => &[],
         }
     }
 
@@ -234,9 +296,12 @@ impl Tracker {
     }
 
     /// Captures in a row after which a page is left open, from now on; 0 for never.
-    /// Without effect in other modes than `async`.
+    /// Without effect in other modes than `async`, and where several may write.
     pub fn set_hot_after(&mut self, captures: u64) {
-        if let Self::Async { heat, .. } = self {
+        if let Self::Async {
+            heat, alone: true, ..
+        } = self
+        {
             heat.set_after(captures);
         }
     }

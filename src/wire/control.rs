@@ -17,7 +17,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::limits;
-use crate::words::{LossKind, Mode, Publish};
+use crate::words::{LossKind, Mode, Publish, WriteKind};
 
 /// First four bytes of every message.
 pub const MAGIC: [u8; 4] = *b"UFC1";
@@ -48,6 +48,9 @@ pub enum Request {
         max_size: Option<u64>,
         /// Whether other nodes may follow it.
         shared: bool,
+        /// If programs are to write it instead of the node: how.
+        #[serde(default)]
+        cooperative: Option<Terms>,
     },
     /// Lengthens a region that the node holds: [`Response::Done`].
     RegionGrow {
@@ -81,9 +84,15 @@ pub enum Request {
         name: String,
     },
     /// A writer hands its region's tracking over. Descriptors, in this order:
-    /// data, control, pidfd, and in `async` mode userfaultfd and pagemap.
+    /// data, control, pidfd, and in modes that protect userfaultfd and pagemap.
     /// Answered by [`Response::HandedOver`].
     HandOver(HandOver),
+    /// The memory of a cooperative region, to map and hand over as one more of its
+    /// writers: [`Response::Enlisted`].
+    Enlist {
+        /// Name of the region.
+        name: String,
+    },
     /// Follows an existing file by comparing it; its descriptor goes along: [`Response::Done`].
     TrackFile {
         /// Name of the new region.
@@ -141,6 +150,34 @@ pub struct HandOver {
     /// Why it is this mode, if the writer left the choice to `auto`.
     #[serde(default)]
     pub chosen: Option<String>,
+    /// Who may write it. A cooperative region that the node has already gets one more
+    /// writer, if this is its memory.
+    #[serde(default = "exclusive")]
+    pub kind: WriteKind,
+    /// Of a writer of a cooperative region that comes back: its place. One without it
+    /// comes with its whole mapping armed, and stores nothing before it is answered.
+    #[serde(default)]
+    pub slot: Option<u32>,
+}
+
+fn exclusive() -> WriteKind {
+    WriteKind::Exclusive
+}
+
+/// How a region is tracked, as all its writers agree.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Terms {
+    /// How changes are found.
+    pub mode: Mode,
+    /// When epochs are published.
+    pub publish: Publish,
+    /// Shortest pause between timer captures, if not the node's own, in microseconds.
+    #[serde(default)]
+    pub interval_min_us: Option<u64>,
+    /// Longest pause between timer captures, if not the node's own, in microseconds.
+    #[serde(default)]
+    pub interval_max_us: Option<u64>,
 }
 
 /// What the node answers.
@@ -172,6 +209,18 @@ pub enum Response {
     HandedOver {
         /// Generation of this life, 32 hexadecimal digits.
         generation: String,
+        /// The writer's place among those of a cooperative region.
+        #[serde(default)]
+        slot: u32,
+    },
+    /// Answer to [`Request::Enlist`]; descriptors: data, control, both writable.
+    Enlisted {
+        /// Size in bytes.
+        size: u64,
+        /// Whether other nodes may follow it.
+        shared: bool,
+        /// How it is tracked.
+        terms: Terms,
     },
     /// Answer to [`Request::Cut`].
     Cut {
@@ -239,7 +288,8 @@ pub struct RegionStatus {
     pub overhead_bytes: u64,
     /// Where its content comes from.
     pub role: Role,
-    /// `live`, `orphaned` (its writer is gone), or of replicas `connecting`,
+    /// `live`, `orphaned` (its writer is gone), `unattended` (a cooperative region that
+    /// nobody writes at the moment), or of replicas `connecting`,
     /// `syncing`, `following`, `resyncing`.
     pub state: String,
     /// How changes are found, as its writer asked; none for replicas.
@@ -254,8 +304,14 @@ pub struct RegionStatus {
     pub shared: bool,
     /// User id of its owner.
     pub owner_uid: u32,
-    /// Process that writes it.
+    /// Process that writes it; the first of them where several do.
     pub writer_pid: Option<i32>,
+    /// Who may write it; none where no program does.
+    #[serde(default)]
+    pub kind: Option<WriteKind>,
+    /// Of a cooperative region: the processes that write it.
+    #[serde(default)]
+    pub attachments: Vec<AttachmentStatus>,
     /// Generation, 32 hexadecimal digits.
     pub generation: String,
     /// Last epoch.
@@ -294,6 +350,20 @@ pub struct RegionStatus {
     pub replicas: Vec<ReplicaStatus>,
     /// Of a replica: updates applied, ignored, dropped, and resyncs asked for.
     pub applied: Option<AppliedStatus>,
+}
+
+/// One process that writes a cooperative region.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AttachmentStatus {
+    /// Its place among the writers.
+    pub slot: u32,
+    /// The process.
+    pub pid: i32,
+    /// How its stores are found; `compare` where its tracking was lost.
+    pub mode: Mode,
+    /// `writing`, `ending` (its link or its memory is gone, its process is not yet), or
+    /// `away`: it wrote under an earlier node and has not come back.
+    pub state: String,
 }
 
 /// Losses of tracking of one kind.

@@ -14,7 +14,7 @@ use uffd_sync::sys::net::{self, Blocking};
 use uffd_sync::sys::process::PidFd;
 use uffd_sync::sys::{pagemap::Pagemap, uffd::Uffd};
 use uffd_sync::wire::control::{self, CONTROL_VERSION, HandOver, RefusalCode, Request, Response};
-use uffd_sync::words::{Mode, Publish};
+use uffd_sync::words::{Mode, Publish, WriteKind};
 
 use super::nodes::{NodeProcess, PATIENCE, Ran, folder, run, run_on};
 
@@ -434,6 +434,8 @@ impl Offer {
             interval_min_us: None,
             interval_max_us: None,
             chosen: None,
+            kind: WriteKind::Exclusive,
+            slot: None,
         }
     }
 

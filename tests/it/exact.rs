@@ -19,7 +19,7 @@ use super::writer::{Order, Report, WriterProcess};
     clippy::print_stderr,
     reason = "a skipped test says so where the test runner shows it"
 )]
-fn may_be_exact() -> bool {
+pub(crate) fn may_be_exact() -> bool {
     match uffd_sync::sys::uffd::Uffd::open_sync() {
         Ok(_) => true,
         Err(error) => {

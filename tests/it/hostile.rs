@@ -21,7 +21,7 @@ use uffd_sync::wire::{
     Base, EndUpdate, FrameBuilder, HEADER_BYTES, Header, Hello, Kind, Ping, RegionInfo,
     StartUpdate, Subscribe, SyncPlan, UpdatePrefix, VERSION, parse_header, update_flags,
 };
-use uffd_sync::words::{EpochKind, Generation, Mode, Publish};
+use uffd_sync::words::{EpochKind, Generation, Mode, Publish, WriteKind};
 
 use super::nodes::{
     NodeProcess, PATIENCE, await_content, await_following, await_that, folder, run_on,
@@ -552,6 +552,8 @@ fn a_mapping_that_is_gone_is_noticed_although_it_scans_as_clean() {
         interval_min_us: half_a_minute,
         interval_max_us: half_a_minute,
         chosen: None,
+        kind: WriteKind::Exclusive,
+        slot: None,
     });
     let fds = [
         region.data_fd(),

@@ -23,6 +23,7 @@ const RARE: More = More {
     mseal: false,
     exact: false,
     marks: false,
+    cooperative: false,
 };
 
 fn watched(more: More) -> Watched {

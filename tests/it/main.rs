@@ -19,6 +19,8 @@ mod channels;
 mod chaos;
 mod cli;
 mod command;
+mod cooperative;
+mod crew;
 mod deeds;
 mod exact;
 mod faults;

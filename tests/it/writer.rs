@@ -16,8 +16,9 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use uffd_sync::client::{Writer, WriterOptions};
-use uffd_sync::words::{EpochKind, Mode, Publish};
+use uffd_sync::words::{EpochKind, Mode, Publish, WriteKind};
 
+use super::crew::{self, Share};
 use super::deeds::{Deed, Doer};
 use super::nodes::PATIENCE;
 use super::pattern::{self, Numbers, PAGE};
@@ -37,6 +38,12 @@ pub(crate) enum Order {
         publish: String,
         more: More,
     },
+    /// Attaches to a cooperative region.
+    Attach { socket: PathBuf, name: String },
+    /// Lets its region go.
+    Detach,
+    /// Does what one of several writers does.
+    Share(Share),
     /// Does something unruly.
     Do(Deed),
     /// Stores a file at the region's beginning.
@@ -76,6 +83,7 @@ pub(crate) struct More {
     pub(crate) mseal: bool,
     pub(crate) exact: bool,
     pub(crate) marks: bool,
+    pub(crate) cooperative: bool,
     /// Pause between captures, so long that no timer finds anything.
     pub(crate) rare: bool,
 }
@@ -373,7 +381,7 @@ pub(crate) fn serve_orders() {
     }
 }
 
-fn say(report: &Report) {
+pub(super) fn say(report: &Report) {
     let line = format!(
         "@{}\n",
         serde_json::to_string(report).expect("reports are plain")
@@ -385,7 +393,7 @@ fn say(report: &Report) {
         .and_then(|()| stdout.flush());
 }
 
-type Outcome = Result<Report, Box<dyn std::error::Error>>;
+pub(super) type Outcome = Result<Report, Box<dyn std::error::Error>>;
 
 struct Program {
     orders: Receiver<Order>,
@@ -414,6 +422,10 @@ impl Program {
             mseal: more.mseal,
             exact: more.exact,
             marks: more.marks,
+            kind: match more.cooperative {
+                true => WriteKind::Cooperative,
+                false => WriteKind::Exclusive,
+            },
             interval_min: pause,
             interval_max: pause,
             ..WriterOptions::default()
@@ -424,9 +436,23 @@ impl Program {
         Ok(Report::Created { resumed })
     }
 
+    /// Makes, joins or leaves a region, if that is the order.
+    fn change_region(&mut self, order: &Order) -> Option<Outcome> {
+        match order {
+            Order::Create { .. } => return Some(self.create(order)),
+            Order::Attach { socket, name } => match Writer::attach(socket, name) {
+                Ok(region) => self.region = Some(region),
+                Err(error) => return Some(Err(error.into())),
+            },
+            Order::Detach => self.region = None,
+            _ => return None,
+        }
+        Some(Ok(Report::Done))
+    }
+
     fn carry_out(&mut self, order: Order) -> Outcome {
-        if let Order::Create { .. } = &order {
-            return self.create(&order);
+        if let Some(outcome) = self.change_region(&order) {
+            return outcome;
         }
         if let Order::Do(deed) = &order {
             let text = self.doer.carry_out(self.region.as_ref(), deed)?;
@@ -434,7 +460,12 @@ impl Program {
         }
         let region = self.region.as_ref().ok_or("no region yet")?;
         match order {
-            Order::Create { .. } | Order::Do(_) | Order::Stop => Ok(Report::Done),
+            Order::Share(share) => crew::work(region, &self.orders, &share),
+            Order::Create { .. }
+            | Order::Attach { .. }
+            | Order::Detach
+            | Order::Do(_)
+            | Order::Stop => Ok(Report::Done),
             Order::Load { path } => {
                 region.write(0, &std::fs::read(path)?)?;
                 Ok(Report::Done)
@@ -486,7 +517,7 @@ impl Program {
 }
 
 /// Whether another order is waiting, which ends what runs.
-fn is_told(orders: &Receiver<Order>) -> bool {
+pub(super) fn is_told(orders: &Receiver<Order>) -> bool {
     !matches!(orders.try_recv(), Err(std::sync::mpsc::TryRecvError::Empty))
 }
 

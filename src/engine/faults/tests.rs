@@ -238,7 +238,9 @@ impl Stage {
             content: Content::Mapped { memory, fd: region },
             twin: Twin::new(size).expect("a twin"),
             pre: PreImages::new(size, size),
-            tracker: Tracker::Compare { attachment: None },
+            tracker: Tracker::Compare {
+                attachments: Vec::new(),
+            },
             way,
             expected: vec![(0, vec![0; PAGES as usize]); CHAINS],
         })
@@ -401,6 +403,11 @@ fn no_cut_is_torn_with_eight_writers() {
 #[test]
 fn no_cut_is_torn_over_two_processes() {
     no_cut_is_torn(2, 1, Way::Relay, 512);
+}
+
+#[test]
+fn no_cut_is_torn_over_eight_processes() {
+    no_cut_is_torn(8, 1, Way::Alone, 512);
 }
 
 #[test]

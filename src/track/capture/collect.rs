@@ -38,17 +38,27 @@ struct Collection<'a> {
 }
 
 impl Capture {
-    /// Scans the next piece and protects what is reported and not hot; all that was
-    /// reported goes on the work list.
-    pub(super) fn scan(&mut self, turn: &mut Turn<'_>, at: u64) -> Result<(), Stop> {
+    /// Scans the next piece of mapping `of` of `count` and protects what is reported
+    /// and not hot; all that was reported goes on the work list.
+    pub(super) fn scan(
+        &mut self,
+        turn: &mut Turn<'_>,
+        of: usize,
+        count: usize,
+        at: u64,
+    ) -> Result<(), Stop> {
         let size = turn.twin.size();
-        let Tracker::Async { attachment, heat } = &mut *turn.tracker else {
+        let Tracker::Async {
+            attachments, heat, ..
+        } = &mut *turn.tracker
+        else {
             return Err(TrackError::Incomplete.into());
         };
+        let attachment = attachments.get(of).ok_or(TrackError::Incomplete)?;
         if attachment.len < size {
             return Err(TrackError::Incomplete.into());
         }
-        if at == 0 {
+        if of == 0 && at == 0 {
             heat.begin();
         }
         // Of a region that has grown the old part: the rest is no page's yet.
@@ -86,14 +96,24 @@ impl Capture {
         self.scanned_pages += scanned;
         let cost = scanned / SCANNED_PER_PAGE + found / PROTECTED_PER_PAGE + calls;
         turn.left = turn.left.saturating_sub(cost);
-        self.phase = Phase::Scan { at: reached };
+        self.phase = Phase::Scan {
+            of,
+            count,
+            at: reached,
+        };
         if is_gone {
             return Err(TrackError::WriterExited.into());
         }
         if is_over {
-            self.phase = match self.grown_from {
-                Some(_) => Phase::Compare(Walk::behind(limit)),
-                None => Phase::Finished,
+            // Only a region with one writer grows.
+            self.phase = match (of + 1, self.grown_from) {
+                (next, _) if next < count => Phase::Scan {
+                    of: next,
+                    count,
+                    at: 0,
+                },
+                (_, Some(_)) => Phase::Compare(Walk::behind(limit)),
+                (_, None) => Phase::Finished,
             };
         }
         Ok(())

@@ -57,7 +57,7 @@ pub trait Ground {
 
 /// One writing process's mapping.
 #[derive(Debug)]
-struct Armed {
+pub struct Armed {
     /// Pages that stores go to without a fault.
     open: PageSet,
     /// Where a writer that goes through memory in order comes next.
@@ -91,7 +91,8 @@ pub struct Cutter {
 }
 
 impl Cutter {
-    /// A cutter for the attachments of one region, whose pages are all open.
+    /// A cutter for `attachments` writers of one region, whose pages are all open. There
+    /// is room for [`limits::MAX_WRITERS`].
     ///
     /// # Errors
     /// [`TrackError::Memory`] if there is no room for its tables.
@@ -99,8 +100,12 @@ impl Cutter {
         let pages = board.pages();
         let slots = board.slots();
         let mut all = Vec::with_capacity(limits::MAX_WRITERS as usize);
-        for _ in 0..attachments {
-            all.push(Armed::new(pages)?);
+        for place in 0..limits::MAX_WRITERS as usize {
+            all.push(if place < attachments {
+                Armed::new(pages, false)?
+            } else {
+                Armed::vacant()
+            });
         }
         let stall = std::time::Duration::from_millis(limits::CUT_STALL_MS);
         Ok(Self {
@@ -133,10 +138,21 @@ impl Cutter {
         !self.parked.is_empty()
     }
 
-    /// The process of an attachment is gone: nothing of it is armed any more.
+    /// One more process writes from now on. What stood in its place, to be dropped where
+    /// that may take its time.
+    ///
+    /// # Panics
+    /// If there is no such place.
+    pub fn join(&mut self, attachment: usize, armed: Armed) -> Armed {
+        self.forget(attachment);
+        std::mem::replace(&mut self.attachments[attachment], armed)
+    }
+
+    /// A process writes no more, or its memory is gone: nothing of it is armed any more.
     pub fn forget(&mut self, attachment: usize) {
         if let Some(armed) = self.attachments.get_mut(attachment) {
             armed.gone = true;
+            armed.all_open = false;
             armed.open.clear();
         }
         self.parked.retain(|(of, _)| *of != attachment);
@@ -435,14 +451,29 @@ impl Cutter {
 }
 
 impl Armed {
-    fn new(pages: u64) -> Result<Self, TrackError> {
+    /// A mapping of `pages` pages, which are all armed or all open.
+    ///
+    /// # Errors
+    /// [`TrackError::Memory`] if there is no room for its table.
+    pub fn new(pages: u64, is_armed: bool) -> Result<Self, TrackError> {
         Ok(Self {
             open: PageSet::new(pages)?,
             expected: u64::MAX,
             window: 1,
-            all_open: true,
+            all_open: !is_armed,
             gone: false,
         })
+    }
+
+    /// A place that no process has. Allocates nothing.
+    pub fn vacant() -> Self {
+        Self {
+            open: PageSet::none(),
+            expected: u64::MAX,
+            window: 1,
+            all_open: false,
+            gone: true,
+        }
     }
 }
 

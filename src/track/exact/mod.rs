@@ -17,7 +17,28 @@
 //! for the other, unless the slots are used up: then stores wait, up to a deadline
 //! after which the cut is void, everything is let go and the region is compared.
 //!
-//! - I1: a page is protected and lifted by the cutter's thread only.
+//! # Several writers
+//!
+//! ```text
+//!           joins open                joins armed
+//!  vacant --------------> open        vacant ---------------+
+//!    ^                     | arming of everything           v
+//!    |                     +----------------------------> armed <---+
+//!    |  leaves, its memory gone                             |  |     | withheld pass
+//!    +------------------------------------------------------+  +-----+ of all that are armed
+//! ```
+//! Each writing process is an attachment with a userfaultfd of its own; one thread has
+//! them all. A cut goes in this order: who joined or left is taken notice of; whoever is
+//! open is armed whole; rounds over all attachments, faults of all of them answered in
+//! between; then the withheld pass over all of them, and only then a fault of any of them
+//! is answered. A process that joins arms its own mapping before it hands it over, and so
+//! whatever it stores waits until the thread has it: it may join in the middle of a cut.
+//! One that comes back after the node had died stores meanwhile: it joins open, and the
+//! next cut is of everything. The pages that an attachment has left open when its process
+//! dies stay members of the dirty set, so its last stores are in the next cut.
+//!
+//! - I1: a page is protected and lifted by the cutter's thread only, but for the arming of
+//!   a mapping that the thread does not have yet.
 //! - I2: no fault is answered between the first protecting of the withheld pass and the
 //!   moment at which all pages of the cut are pending, over all attachments.
 //! - I3: "captured" belongs to the region, "lifted" to the attachment.
@@ -33,7 +54,7 @@ pub mod word;
 pub use board::{Board, ExactStats};
 #[cfg(test)]
 pub(crate) use cutter::Badly;
-pub use cutter::{Cutter, Ground};
+pub use cutter::{Armed, Cutter, Ground};
 pub use set::PageSet;
 
 /// A cut: its number, and what it is of.

@@ -40,6 +40,16 @@ impl PageSet {
         })
     }
 
+    /// A set that never has a member. Allocates nothing.
+    pub fn none() -> Self {
+        Self {
+            words: Vec::new(),
+            upper: Vec::new(),
+            count: AtomicU64::new(0),
+            pages: 0,
+        }
+    }
+
     /// The bound that all members lie below.
     pub fn pages(&self) -> u64 {
         self.pages

@@ -10,9 +10,11 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd};
 
 mod filter;
+mod held;
 mod ring;
 
 pub use filter::forbid;
+pub use held::Held;
 pub use ring::Ring;
 
 fn answer(answer: i64) -> io::Result<i64> {

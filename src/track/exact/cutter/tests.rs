@@ -60,6 +60,8 @@ struct World {
     /// The engine does nothing at all.
     stalled: bool,
     hot: bool,
+    /// Attachments whose process is gone.
+    gone: Vec<bool>,
 }
 
 impl World {
@@ -89,6 +91,7 @@ impl World {
             clock: 0,
             stalled: false,
             hot: false,
+            gone: vec![false; attachments],
         };
         (world, cutter)
     }
@@ -107,6 +110,9 @@ impl World {
     fn store(&mut self) {
         let number = self.random.below(WRITERS as u64) as usize;
         let writer = &mut self.writers[number];
+        if self.gone[writer.attachment] {
+            return;
+        }
         let count = writer.stores.len();
         let page = if writer.in_order {
             count / 3 % PAGES
@@ -255,6 +261,26 @@ impl World {
         }
     }
 
+    /// A process dies, or one comes, with its mapping armed or, as it may not, open.
+    fn come_or_go(&mut self, cutter: &mut Cutter, armed: bool) {
+        let attachment = self.random.below(self.gone.len() as u64) as usize;
+        if self.gone[attachment] {
+            self.armed[attachment] = vec![armed; PAGES];
+            let newcomer = Armed::new(PAGES as u64, true).expect("room");
+            cutter.join(attachment, newcomer);
+        } else {
+            self.armed[attachment] = vec![false; PAGES];
+            self.faults.retain(|(of, _)| *of != attachment);
+            for writer in &mut self.writers {
+                if writer.attachment == attachment {
+                    writer.waits = None;
+                }
+            }
+            cutter.forget(attachment);
+        }
+        self.gone[attachment] = !self.gone[attachment];
+    }
+
     /// One turn of the fault thread.
     fn turn(&mut self, cutter: &mut Cutter, cut: Make) {
         self.others();
@@ -380,6 +406,39 @@ fn a_cut_is_void_when_the_engine_stalls_and_the_next_is_whole_again() {
     world.run(&mut cutter, before + 20, well);
     assert!(world.void > 0, "no cut was given up");
     assert_eq!(world.torn, 0);
+}
+
+/// Cuts while processes come and go all the time; how many are torn.
+fn torn_in_a_crowd(armed: bool) -> u64 {
+    let mut torn = 0;
+    for seed in 1..=20 {
+        let (mut world, mut cutter) = World::new(seed, WRITERS, PAGES as u32);
+        world.run(&mut cutter, 1, well);
+        let mut turns = 0u64;
+        while world.captured < 100 {
+            turns += 1;
+            assert!(turns < 3_000_000, "no progress at cut {}", world.captured);
+            if world.random.below(50) == 0 {
+                world.come_or_go(&mut cutter, armed);
+            }
+            world.turn(&mut cutter, well);
+        }
+        torn += world.torn;
+    }
+    torn
+}
+
+#[test]
+fn no_cut_is_torn_while_writers_come_and_go() {
+    assert_eq!(torn_in_a_crowd(true), 0);
+}
+
+#[test]
+fn control_writers_that_come_without_having_armed_tear() {
+    assert!(
+        torn_in_a_crowd(false) > 0,
+        "none torn: the check sees nothing"
+    );
 }
 
 #[test]
