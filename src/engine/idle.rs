@@ -19,7 +19,7 @@
 //! I3. All captures that find nothing take `IDLE_SHARE_US` of a second at most: beyond
 //!     that the pauses of such regions are stretched.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
 use super::Engine;
@@ -55,6 +55,8 @@ impl Sleep {
 #[derive(Debug)]
 pub(super) struct Idle {
     writers: HashMap<i32, Writer>,
+    /// Those that cannot be looked at, until the next sweep: to try costs time as well.
+    mute: HashSet<i32>,
     /// When they are looked at next, and the pause between two looks.
     look: Option<(Instant, Duration)>,
     /// Time spent since the last sweep on captures that found nothing.
@@ -78,6 +80,7 @@ impl Default for Idle {
     fn default() -> Self {
         Self {
             writers: HashMap::new(),
+            mute: HashSet::new(),
             look: None,
             spent: Duration::ZERO,
             stretch: 1,
@@ -99,6 +102,7 @@ impl Idle {
     /// A second is over: what was spent in it says how much longer pauses have to be.
     pub(super) fn sweep(&mut self) {
         self.stretch = stretched(self.stretch, std::mem::take(&mut self.spent));
+        self.mute.clear();
     }
 
     /// The number of a writer, if it was read before `began`; it is read anew for next
@@ -107,8 +111,14 @@ impl Idle {
         if let Some(writer) = self.writers.get_mut(&pid) {
             return (writer.read_at <= began).then_some(writer.number);
         }
-        let activity = Activity::of(pid).ok()?;
-        let number = activity.read().ok()?;
+        if self.mute.contains(&pid) {
+            return None;
+        }
+        let looked = Activity::of(pid).and_then(|activity| Ok((activity.read()?, activity)));
+        let Ok((number, activity)) = looked else {
+            self.mute.insert(pid);
+            return None;
+        };
         let writer = Writer {
             activity,
             number,
