@@ -20,6 +20,7 @@ mod chaos;
 mod cli;
 mod command;
 mod cooperative;
+mod cooperative_hostile;
 mod crew;
 mod deeds;
 mod exact;
