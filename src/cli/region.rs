@@ -56,16 +56,7 @@ pub(super) fn run(command: RegionCommand, node: &NodeAt) -> anyhow::Result<()> {
             let sizes = (size, max_size.unwrap_or(size));
             create(report, node, &name, sizes, shared, mode)
         }
-        RegionCommand::Grow { name, size, report } => {
-            let mut node = Node::connect(node.path())?;
-            node.grow_held(name.as_str(), size.0)
-                .with_context(|| format!("growing region {name}"))?;
-            say(
-                report,
-                &json!({ "region": name, "size": size.0 }),
-                format_args!("{name} has {size}"),
-            )
-        }
+        RegionCommand::Grow { name, size, report } => grow(report, node, &name, size),
         RegionCommand::List(report) => list(report, node),
         RegionCommand::Show { name, report } => show(report, node, &name),
         RegionCommand::Write {
@@ -184,6 +175,17 @@ fn cooperative_terms(mode: Option<Mode>, publish: Option<Publish>) -> anyhow::Re
         interval_min_us: None,
         interval_max_us: None,
     })
+}
+
+fn grow(report: Report, node: &NodeAt, name: &RegionName, size: ByteSize) -> anyhow::Result<()> {
+    let mut node = Node::connect(node.path())?;
+    node.grow_held(name.as_str(), size.0)
+        .with_context(|| format!("growing region {name}"))?;
+    say(
+        report,
+        &json!({ "region": name, "size": size.0 }),
+        format_args!("{name} has {size}"),
+    )
 }
 
 /// A line for people behind what was reported.

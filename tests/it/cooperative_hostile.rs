@@ -105,6 +105,7 @@ impl Joiner {
         HandOver {
             name: REGION.into(),
             size: MIB,
+            max_size: None,
             mode: Mode::Async,
             publish: Publish::Timer,
             shared: true,
