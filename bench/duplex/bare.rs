@@ -8,6 +8,7 @@
 //! | kind | per hand-over |
 //! |---|---|
 //! | `line` | a store to the one line that the other polls |
+//! | `packet` | 64 bytes from behind the polled word on, filled, changed and read: two lines |
 //! | `futex` | a store, a wake and a wait, whether or not anybody waits |
 //! | `eventfd` | a write and a read |
 //! | `unix` | the payload through a stream socket, written and read |
@@ -41,6 +42,8 @@ pub(crate) const SMALL: u64 = 64;
 const CLIENT_TURN: u64 = 0;
 const SERVER_TURN: u64 = 128;
 const PAYLOAD: u64 = 256;
+/// Words of a packet of [`SMALL`] bytes, six of them beside the line's own word.
+const PACKET_WORDS: usize = 8;
 
 /// The page that both processes have.
 struct Page(SharedMemory);
@@ -69,6 +72,11 @@ impl Page {
 
     fn line(&self) -> &AtomicU64 {
         self.0.atomic_u64(CLIENT_TURN)
+    }
+
+    /// A word of the packet behind the line's own.
+    fn packet(&self, at: usize) -> &AtomicU64 {
+        self.0.atomic_u64(CLIENT_TURN + 16 + 8 * at as u64)
     }
 }
 
@@ -103,6 +111,10 @@ pub(crate) fn serve(mut channel: Channel, args: &[String]) -> anyhow::Result<()>
         "line" => {
             let page = Page::open(&fds[0])?;
             Box::new(move |count| serve_line(&page, count))
+        }
+        "packet" => {
+            let page = Page::open(&fds[0])?;
+            Box::new(move |count| serve_packets(&page, touch, count))
         }
         "futex" => {
             let mut page = Page::open(&fds[0])?;
@@ -157,6 +169,29 @@ fn serve_line(page: &Page, count: u64) -> anyhow::Result<()> {
         // SYNC(bare_line): pairs with the store of the client's call.
         while line.load(Ordering::Acquire) != next {
             spin_loop();
+        }
+        line.store(next + 1, Ordering::Release);
+        next += 2;
+    }
+    Ok(())
+}
+
+fn serve_packets(page: &Page, touch: Touch, count: u64) -> anyhow::Result<()> {
+    let line = page.line();
+    let mut next = line.load(Ordering::Relaxed) | 1;
+    let changed = if touch == Touch::One { 1 } else { PACKET_WORDS };
+    for _ in 0..count {
+        // SYNC(bare_line): pairs with the store of the client's call.
+        while line.load(Ordering::Acquire) != next {
+            spin_loop();
+        }
+        let mut words = [0; PACKET_WORDS];
+        for (at, word) in words[..changed].iter_mut().enumerate() {
+            *word = page.packet(at).load(Ordering::Relaxed);
+        }
+        touch.apply(&mut words[..changed]);
+        for (at, word) in words[..changed].iter().enumerate() {
+            page.packet(at).store(*word, Ordering::Relaxed);
         }
         line.store(next + 1, Ordering::Release);
         next += 2;
@@ -242,6 +277,61 @@ pub(crate) fn line(placement: Placement) -> anyhow::Result<Box<dyn Variant>> {
     let mut server = spawn(placement, "line", Touch::Nothing, 0)?;
     let page = page_for(&mut server)?;
     Ok(Box::new(Linked::new(LineLink(server, page))))
+}
+
+struct PacketLink {
+    server: Child,
+    page: Page,
+    touch: Touch,
+}
+
+impl Link for PacketLink {
+    fn begin(&mut self, calls: u64) -> anyhow::Result<()> {
+        begin(&mut self.server, calls)
+    }
+
+    #[inline]
+    fn call(&mut self, seq: u64, timed: bool) -> anyhow::Result<Duration> {
+        let mut words = [0; PACKET_WORDS];
+        fill(&mut words, seq);
+        let line = self.page.line();
+        let mine = seq * 2 - 1;
+        let started = timed.then(Instant::now);
+        for (at, word) in words.iter().enumerate().rev() {
+            self.page.packet(at).store(*word, Ordering::Relaxed);
+        }
+        // SYNC(bare_line): pairs with the load of `serve_packets`.
+        line.store(mine, Ordering::Release);
+        loop {
+            let now = line.load(Ordering::Acquire);
+            if now == mine + 1 {
+                break;
+            }
+            ensure!(now == mine, "the line holds {now} after {mine}");
+            spin_loop();
+        }
+        let time = started.map_or(Duration::ZERO, |at| at.elapsed());
+        for (at, word) in words.iter_mut().enumerate() {
+            *word = self.page.packet(at).load(Ordering::Relaxed);
+        }
+        let good = self.touch.is_answer(&words, seq);
+        good.then_some(time).ok_or_else(|| wrong(seq))
+    }
+
+    fn server(&self) -> &Child {
+        &self.server
+    }
+}
+
+/// The round trip of 64 bytes behind the word that is polled.
+pub(crate) fn packet(placement: Placement, touch: Touch) -> anyhow::Result<Box<dyn Variant>> {
+    let mut server = spawn(placement, "packet", touch, SMALL)?;
+    let page = page_for(&mut server)?;
+    Ok(Box::new(Linked::new(PacketLink {
+        server,
+        page,
+        touch,
+    })))
 }
 
 struct FutexLink {

@@ -2,11 +2,12 @@
 //!
 //! The process that is killed is a child that holds 64 MiB, as a server with a large
 //! payload does. The clock starts before the signal is sent and stops in the thread
-//! that waited.
+//! that waited. The bare wait is for the same word of the same kind of process; one for
+//! a process that does nothing but hold a word is shown beside it.
 
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail, ensure};
@@ -15,7 +16,7 @@ use nix::unistd::Pid;
 use uffd_sync::client::{
     ChannelError, ClientOptions, DuplexClient, InPlaceDuplexServer, ServerOptions,
 };
-use uffd_sync::duplex::{BufferConfig, OpenLimits, Segment};
+use uffd_sync::duplex::{BufferConfig, OpenLimits, Segment, Side};
 use uffd_sync::shm::SharedMemory;
 use uffd_sync::sys::futex::{self, Lifeline, OWNER_DIED};
 use uffd_sync::sys::map::{Access, Mapping};
@@ -30,7 +31,7 @@ use crate::inplace::PATIENCE;
 pub(crate) const ROLE: &str = "robust";
 pub(crate) const ROLE_CHANNEL: &str = "killed-server";
 
-pub(crate) const CASES: &[&str] = &["killed/free"];
+pub(crate) const CASES: &[&str] = &["killed/free", "killed-vs-small-process/free"];
 
 /// Memory of the process that is killed.
 const BALLAST: u64 = 64 * MIB;
@@ -89,17 +90,19 @@ pub(crate) fn bare(placement: Placement) -> anyhow::Result<f64> {
     child.tell("take", &[fd.as_fd()])?;
     child.hear()?;
     let page = SharedMemory::new(Mapping::shared(&fd, PAGE_SIZE, Access::ReadWrite)?);
-    let word = page.atomic_u32(0);
-    kill_and_wait(child.pid(), || {
-        loop {
-            let now = word.load(Ordering::Acquire);
-            if now & OWNER_DIED != 0 {
-                return Ok(());
-            }
-            ensure!(futex::is_held(now), "the word was given back");
-            futex::wait(word, now, None)?;
+    kill_and_wait(child.pid(), || await_death(page.atomic_u32(0)))
+}
+
+/// Sleeps on a robust word until its holder is dead.
+fn await_death(word: &AtomicU32) -> anyhow::Result<()> {
+    loop {
+        let now = word.load(Ordering::Acquire);
+        if now & OWNER_DIED != 0 {
+            return Ok(());
         }
-    })
+        ensure!(futex::is_held(now), "the word was given back");
+        futex::wait(word, now, None)?;
+    }
 }
 
 /// Serves a channel whose only request is never answered, until it is killed.
@@ -118,13 +121,17 @@ pub(crate) fn serve_channel(mut channel: Channel, _args: &[String]) -> anyhow::R
     Ok(())
 }
 
-/// A call under way whose server is killed.
-fn call(placement: Placement) -> anyhow::Result<f64> {
+/// A call under way whose server is killed; `bare` waits for the server's word alone.
+fn call(placement: Placement, bare: bool) -> anyhow::Result<f64> {
     let mut server = Child::spawn(ROLE_CHANNEL, placement.cores()[1], &[])?;
     let (_, fds) = server.hear()?;
     let segment = Segment::open(fds, OpenLimits::default())?;
     let client = DuplexClient::over(segment, ClientOptions::default())?;
     let sequence = client.send_request(b"never answered")?;
+    if bare {
+        let word = client.segment().lifeline_word(Side::Server);
+        return kill_and_wait(server.pid(), || await_death(word));
+    }
     kill_and_wait(server.pid(), || {
         match client.receive_for(sequence, PATIENCE) {
             Err(ChannelError::PeerDied { .. }) => Ok(()),
@@ -134,13 +141,14 @@ fn call(placement: Placement) -> anyhow::Result<f64> {
 }
 
 pub(crate) fn run(options: &Options) -> anyhow::Result<Vec<Outcome>> {
-    let mut latencies = [Latencies::new()?, Latencies::new()?];
+    let mut latencies = [Latencies::new()?, Latencies::new()?, Latencies::new()?];
     // Every variant is a process that is made for the occasion.
-    let rounds = Rounds::run(options, 2, |variant, round| {
+    let rounds = Rounds::run(options, 3, |variant, round| {
         let mut times = Vec::new();
         for _ in 0..options.pick(1, 5) {
             let ns = match variant {
-                0 => call(Placement::Free)?,
+                0 => call(Placement::Free, false)?,
+                1 => call(Placement::Free, true)?,
                 _ => bare(Placement::Free)?,
             };
             if round > 0 {
@@ -150,16 +158,19 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<Vec<Outcome>> {
         }
         Ok(median(&times))
     })?;
-    let [calls, bares] = &latencies;
-    Ok(vec![
+    let [calls, bares, small] = &latencies;
+    let case = |at: usize, baseline, of, latencies| {
         Outcome::times(
-            CASES[0],
+            CASES[at],
             "us",
             rounds.of(0) / 1e3,
-            ("bare robust futex", rounds.of(1) / 1e3),
+            (baseline, rounds.of(of) / 1e3),
         )
-        .goal(Goal::AtMost(1.5))
         .latency("channel", calls)
-        .latency("bare", bares),
+        .latency("bare", latencies)
+    };
+    Ok(vec![
+        case(0, "bare robust futex, same process", 1, bares).goal(Goal::AtMost(1.5)),
+        case(1, "bare robust futex, small process", 2, small),
     ])
 }

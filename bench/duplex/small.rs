@@ -158,6 +158,8 @@ pub(crate) const CASES_HOT: &[&str] = &[
     "batch-1/two-cores",
     "batch-8/two-cores",
     "batch-64/two-cores",
+    "hot-64B-vs-bare-64B/two-cores",
+    "hot-64B-bytes-vs-bare-64B/two-cores",
 ];
 
 pub(crate) fn run_hot(options: &Options) -> anyhow::Result<Vec<Outcome>> {
@@ -174,6 +176,9 @@ pub(crate) fn run_hot(options: &Options) -> anyhow::Result<Vec<Outcome>> {
         POLLING,
     )?;
     let all = contest.enter("channel, polling", Ok(ours(spin, bytes)?), POLLING)?;
+    let packet = |touch| bare::packet(placement, touch);
+    let bare_one = contest.enter("bare 64 bytes", Ok(packet(Touch::One)?), POLLING)?;
+    let bare_all = contest.enter("bare 64 bytes", Ok(packet(Touch::Bytes)?), POLLING)?;
     let busy = |touch| peers::iceoryx(placement, SMALL, touch, peers::Wait::Busy);
     let their_one = contest.enter("iceoryx2, polling", busy(Touch::One)?, POLLING_OTHERS)?;
     let their_all = contest.enter("iceoryx2, polling", busy(Touch::Bytes)?, POLLING_OTHERS)?;
@@ -199,5 +204,7 @@ pub(crate) fn run_hot(options: &Options) -> anyhow::Result<Vec<Outcome>> {
         case(6, batches[0], line, None),
         case(7, batches[1], line, None),
         case(8, batches[2], line, many),
+        case(9, hot, bare_one, Some(Goal::AtMost(1.2))),
+        case(10, all, bare_all, Some(Goal::AtMost(1.2))),
     ])
 }

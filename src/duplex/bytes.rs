@@ -157,26 +157,20 @@ impl FrameBytes<'_> {
 pub(super) fn fill_inline(line: &Line, bytes: &[u8]) {
     let words = &line.0[slot::INLINE..];
     let (whole, rest) = bytes.as_chunks::<8>();
-    let beside = whole.len().min(BESIDE_STATE);
-    for (word, chunk) in words.iter().zip(whole).skip(beside) {
-        word.store(u64::from_le_bytes(*chunk), Ordering::Relaxed);
-    }
+    let whole = &whole[..whole.len().min(words.len())];
     if !rest.is_empty()
         && let Some(word) = words.get(whole.len())
     {
         let mut last = [0; 8];
-        last[..rest.len()].copy_from_slice(rest);
+        for (to, from) in last.iter_mut().zip(rest) {
+            *to = *from;
+        }
         word.store(u64::from_le_bytes(last), Ordering::Relaxed);
     }
-    for (word, chunk) in words.iter().zip(whole).take(beside) {
+    for (word, chunk) in words.iter().zip(whole).rev() {
         word.store(u64::from_le_bytes(*chunk), Ordering::Relaxed);
     }
 }
-
-/// Inline words in the cache line of the state.
-const BESIDE_STATE: usize = 2;
-
-const _: () = assert!(slot::INLINE + BESIDE_STATE == 8);
 
 /// Reads inline bytes; the caller has checked the range against the frame.
 #[inline]
@@ -187,9 +181,13 @@ fn read_inline(line: &Line, offset: usize, out: &mut [u8]) {
         for (word, chunk) in words.iter().zip(whole.iter_mut()) {
             *chunk = word.load(Ordering::Relaxed).to_le_bytes();
         }
-        if let Some(word) = words.get(whole.len()) {
-            let len = rest.len();
-            rest.copy_from_slice(&word.load(Ordering::Relaxed).to_le_bytes()[..len]);
+        if !rest.is_empty()
+            && let Some(word) = words.get(whole.len())
+        {
+            let last = word.load(Ordering::Relaxed).to_le_bytes();
+            for (to, from) in rest.iter_mut().zip(last) {
+                *to = from;
+            }
         }
         return;
     }

@@ -7,10 +7,9 @@ use std::sync::atomic::Ordering;
 use super::bytes::{FrameBytes, FramePlace, Place, fill_inline};
 use super::completion::{self, Found};
 use super::failpoint::Failpoint;
-use super::layout::{
-    INLINE_BYTES, LINES_AHEAD, block, client_counter, line, presence, server_counter, slot,
-};
-use super::record::{HEADER, Phase, Record, Taken, UNKNOWN};
+use super::lane::Lane;
+use super::layout::{INLINE_BYTES, LINES_AHEAD, block, client_counter, line, presence, slot};
+use super::record::{Phase, Record, Taken, UNKNOWN};
 use super::request::{AcquireError, Grant, Options, Poll, Room};
 use super::segment::Segment;
 use super::space::{Placed, Space};
@@ -22,46 +21,50 @@ use crate::sys::futex;
 use crate::units::OutOfRange;
 
 /// The OIEBs are brought up to date once in so many requests, less 1.
-const MIRROR_MASK: u64 = 1023;
+pub(super) const MIRROR_MASK: u64 = 1023;
 
 /// The client's side. One per channel.
 ///
 /// Memory: 88 bytes per slot and 24 per block, besides the channel's own.
 #[derive(Debug)]
 pub struct ClientCore {
-    segment: Segment,
-    lines: Lines,
-    slots: Lines,
-    mask: u64,
-    failpoints: bool,
-    broken: bool,
+    pub(super) segment: Segment,
+    pub(super) lines: Lines,
+    pub(super) slots: Lines,
+    pub(super) mask: u64,
+    pub(super) failpoints: bool,
+    pub(super) broken: bool,
     /// The generation whose server died; 0 = none.
-    orphan_of: u64,
-    records: Box<[Record]>,
-    space: Space,
+    pub(super) orphan_of: u64,
+    /// A new server is being given the memory: nothing is sent until it has it.
+    pub(super) taking_over: bool,
+    pub(super) records: Box<[Record]>,
+    pub(super) space: Space,
     /// Sequence of the next request.
-    next: Sequence,
+    pub(super) next: Sequence,
     /// Grants given out and not published.
-    granted: u64,
+    pub(super) granted: u64,
     /// Nothing below it is in flight.
-    oldest: Sequence,
+    pub(super) oldest: Sequence,
     /// Published since the server was last rung.
     unposted: u32,
     /// In flight or unwanted: what the server still pushes a completion for.
-    outstanding: u32,
+    pub(super) outstanding: u32,
     /// One-way or unwanted: what may give itself back.
-    loose: u32,
+    pub(super) loose: u32,
     /// Finished and not released.
-    held: u32,
+    pub(super) held: u32,
     /// Completions learned of.
-    completed: u64,
+    pub(super) completed: u64,
     /// Next ticket of the completion ring.
-    ticket: u64,
-    written_count: u64,
-    written_bytes: u64,
-    read_count: u64,
+    pub(super) ticket: u64,
+    pub(super) written_count: u64,
+    pub(super) written_bytes: u64,
+    pub(super) read_count: u64,
     /// Finished when the server was found dead, and not yet told by `poll_any`.
-    finished: VecDeque<Sequence>,
+    pub(super) finished: VecDeque<Sequence>,
+    /// The only request, while there is one at a time.
+    pub(super) lane: Lane,
 }
 
 impl ClientCore {
@@ -82,7 +85,7 @@ impl ClientCore {
             capacity: 0,
             len: 0,
             place: None,
-            header: [UNKNOWN; 4],
+            length: UNKNOWN,
         };
         let slots = geometry.slots as usize;
         ClientCore {
@@ -93,6 +96,7 @@ impl ClientCore {
             failpoints: segment.has_failpoints(),
             broken: false,
             orphan_of: 0,
+            taking_over: false,
             records: vec![free; slots].into_boxed_slice(),
             space: Space::new(geometry.payload_size, slots),
             next: 1,
@@ -108,6 +112,7 @@ impl ClientCore {
             written_bytes: 0,
             read_count: 0,
             finished: VecDeque::new(),
+            lane: Lane::new(segment),
         }
     }
 
@@ -123,7 +128,7 @@ impl ClientCore {
 
     /// Requests whose response is awaited.
     pub fn in_flight(&self) -> u32 {
-        self.outstanding
+        self.outstanding + u32::from(self.lane.is_in_flight())
     }
 
     /// Places `bytes` as a request, to be handed over by [`ClientCore::kick`].
@@ -132,6 +137,7 @@ impl ClientCore {
     /// [`AcquireError`].
     #[inline]
     pub fn submit(&mut self, bytes: &[u8], options: Options) -> Result<Sequence, AcquireError> {
+        self.close_lane();
         let capacity = bytes.len().max(options.capacity);
         self.reserve(capacity)?;
         if capacity <= INLINE_BYTES {
@@ -157,6 +163,7 @@ impl ClientCore {
     /// # Errors
     /// [`AcquireError`].
     pub fn acquire(&mut self, len: usize, options: Options) -> Result<Grant, AcquireError> {
+        self.close_lane();
         let capacity = len.max(options.capacity);
         self.reserve(capacity)?;
         let grant = if capacity <= INLINE_BYTES {
@@ -232,11 +239,7 @@ impl ClientCore {
         }
         let count = std::mem::take(&mut self.unposted);
         let begun = self.next - u64::from(count);
-        let lap = state::next_lap(begun, self.mask).min(self.next);
-        // The last one first: the server finds a batch whole, and does not ask for
-        // lines that are being written. But what lies before slot 0 comes before what
-        // lies behind it, or the server takes the latter for a lap that was begun.
-        for sequence in (begun..lap).rev().chain((lap..self.next).rev()) {
+        for sequence in state::hand_over_order(begun, self.next, self.mask) {
             let index = (sequence & self.mask) as usize;
             let word = &self.slots.line(index).0[slot::STATE];
             state::hand_over(word, sequence, State::Request);
@@ -258,6 +261,7 @@ impl ClientCore {
     /// What became of a request.
     #[inline]
     pub fn poll(&mut self, sequence: Sequence) -> Poll {
+        self.close_lane();
         self.kick();
         let index = (sequence & self.mask) as usize;
         let record = &self.records[index];
@@ -278,6 +282,7 @@ impl ClientCore {
     /// The oldest request in flight, if it is the next to be expected.
     #[inline]
     pub fn oldest(&mut self) -> Option<Sequence> {
+        self.close_lane();
         if self.outstanding == 0 {
             return None;
         }
@@ -358,7 +363,7 @@ impl ClientCore {
 
     /// Looks at the slot of a request in flight.
     #[inline]
-    fn look(&mut self, index: usize) -> Poll {
+    pub(super) fn look(&mut self, index: usize) -> Poll {
         if self.outstanding > LINES_AHEAD as u32 {
             let ahead = (index as u64 + LINES_AHEAD) & self.mask;
             self.slots.line(ahead as usize).prefetch();
@@ -372,14 +377,11 @@ impl ClientCore {
         };
         let length = slot_line.0[slot::LENGTH].load(Ordering::Relaxed);
         let len = length as u32;
-        record.header[1] = length;
+        record.length = length;
         let poll = match found {
             _ if len > record.capacity => Poll::Broken,
             State::Response => Poll::Response,
-            State::Failed => {
-                let flags = slot_line.0[slot::FLAGS].load(Ordering::Relaxed);
-                Poll::Failed(ErrorCode((flags >> 32) as u32))
-            }
+            State::Failed => Poll::Failed(ErrorCode((length >> 32) as u32)),
             State::Cancelled | State::Poisoned => Poll::Cancelled,
             _ => Poll::Broken,
         };
@@ -400,7 +402,7 @@ impl ClientCore {
 
     /// One completion more is known.
     #[inline]
-    fn learned(&mut self) {
+    pub(super) fn learned(&mut self) {
         self.completed += 1;
         self.outstanding = self.outstanding.saturating_sub(1);
         if self.outstanding == 0 {
@@ -420,6 +422,9 @@ impl ClientCore {
     /// Where [`ClientCore::response`] lies, for [`Segment::frame_bytes`].
     #[inline]
     pub fn response_at(&self, sequence: Sequence) -> Option<FramePlace> {
+        if self.lane.is_done() && sequence + 1 == self.next {
+            return Some(self.lane_place());
+        }
         let index = (sequence & self.mask) as usize;
         let record = &self.records[index];
         if record.sequence != sequence || !matches!(record.phase, Phase::Done(_)) {
@@ -446,6 +451,10 @@ impl ClientCore {
     /// Gives a finished request's room back. False if it is not one.
     #[inline]
     pub fn release(&mut self, sequence: Sequence) -> bool {
+        if self.release_lane(sequence) {
+            return true;
+        }
+        self.close_lane();
         let index = (sequence & self.mask) as usize;
         let record = &self.records[index];
         if record.sequence != sequence || !matches!(record.phase, Phase::Done(_)) {
@@ -462,7 +471,7 @@ impl ClientCore {
     }
 
     #[cold]
-    fn ring_consumed(&self) {
+    pub(super) fn ring_consumed(&self) {
         self.store_counters();
         let word = &self.lines.line(line::RESPONSE_CONSUMED).0[0];
         if event::post(word) {
@@ -470,10 +479,10 @@ impl ClientCore {
         }
     }
 
-    fn give_back(&mut self, index: usize) {
+    pub(super) fn give_back(&mut self, index: usize) {
         let record = &mut self.records[index];
         if record.phase != Phase::Done(Poll::Response) {
-            record.header = [UNKNOWN; 4];
+            record.length = UNKNOWN;
         }
         if matches!(record.phase, Phase::Done(_)) {
             self.held -= 1;
@@ -488,102 +497,6 @@ impl ClientCore {
         }
     }
 
-    /// The response of `sequence` is not wanted any more. If the server has not begun
-    /// it does not; either way the room comes back by itself. False if there is no
-    /// such request, or its response is there already.
-    pub fn cancel(&mut self, sequence: Sequence) -> bool {
-        self.kick();
-        let index = (sequence & self.mask) as usize;
-        let record = &mut self.records[index];
-        if record.sequence != sequence || record.phase != Phase::InFlight {
-            return false;
-        }
-        record.phase = Phase::Unwanted;
-        self.loose += 1;
-        let word = &self.slots.line(index).0[slot::CANCEL];
-        word.store(1, Ordering::Relaxed);
-        true
-    }
-
-    /// Gives the room of an unwanted or one-way request back if the server is done
-    /// with it.
-    fn reap(&mut self, index: usize) -> bool {
-        let record = &self.records[index];
-        let phase = record.phase;
-        let word = &self.slots.line(index).0[slot::STATE];
-        match state::answer(word, record.sequence) {
-            Answer::Pending => return false,
-            Answer::Done(_) => {}
-            Answer::Foreign(_) => self.broken = true,
-        }
-        self.loose = self.loose.saturating_sub(1);
-        if phase == Phase::Unwanted {
-            self.learned();
-        }
-        self.give_back(index);
-        true
-    }
-
-    /// Gives back what gives itself back. True if anything was.
-    pub fn reap_all(&mut self) -> bool {
-        self.kick();
-        let mut any = false;
-        for index in 0..self.records.len() {
-            if self.loose == 0 {
-                break;
-            }
-            let loose = matches!(self.records[index].phase, Phase::OneWay | Phase::Unwanted);
-            any |= loose && self.reap(index);
-        }
-        any
-    }
-
-    /// The server died: every request in flight ends as cancelled. Answers each one's
-    /// sequence, and whether its bytes may have been changed. What was finished before
-    /// can still be read.
-    pub fn server_died(&mut self) -> Vec<(Sequence, bool)> {
-        self.kick();
-        // SYNC(serving): the handler's stores come after this word's.
-        let counters = &self.lines.line(line::SERVER_COUNTERS).0;
-        let serving = counters[server_counter::SERVING].load(Ordering::Acquire);
-        let mut lost = Vec::new();
-        for index in 0..self.records.len() {
-            let record = self.records[index];
-            // SYNC(serving): as above, of a server with several workers.
-            let word = self.slots.line(index).0[slot::STATE].load(Ordering::Acquire);
-            let busy = word == state::pack(record.sequence, State::ServerBusy);
-            match record.phase {
-                Phase::InFlight if self.look(index) != Poll::Pending => {
-                    self.finished.push_back(record.sequence);
-                }
-                Phase::InFlight => {
-                    lost.push((record.sequence, busy || serving == record.sequence));
-                    self.records[index].phase = Phase::Done(Poll::Cancelled);
-                    self.held += 1;
-                    self.records[index].len = 0;
-                    let word = &self.slots.line(index).0[slot::STATE];
-                    state::note(word, record.sequence, State::Poisoned);
-                    self.learned();
-                }
-                Phase::OneWay | Phase::Unwanted if !self.reap(index) => {
-                    if record.phase == Phase::Unwanted {
-                        self.learned();
-                    }
-                    self.loose = self.loose.saturating_sub(1);
-                    self.give_back(index);
-                }
-                _ => {}
-            }
-        }
-        // A new server draws tickets from 1 again.
-        (self.completed, self.ticket) = (0, 1);
-        self.orphan_of = self.segment.generation();
-        self.mirror();
-        lost.sort_unstable();
-        self.finished.make_contiguous().sort_unstable();
-        lost
-    }
-
     /// Sequence that a server that comes anew has to begin with.
     pub fn next_sequence(&self) -> Sequence {
         self.next
@@ -593,6 +506,11 @@ impl ClientCore {
     pub fn mirror(&self) {
         self.store_counters();
         self.segment.mirror(Side::Client);
+    }
+
+    /// Requests that were placed and not handed over.
+    pub(super) fn unposted(&self) -> u32 {
+        self.unposted
     }
 
     /// Whether there is a slot and possibly space for a request of `capacity` bytes.
@@ -631,7 +549,7 @@ impl ClientCore {
     }
 
     #[inline]
-    fn stopped(&self) -> bool {
+    pub(super) fn stopped(&self) -> bool {
         let stop =
             |line: usize| self.lines.line(line).0[presence::STOP_WORD].load(Ordering::Acquire);
         (stop(line::CLIENT) | stop(line::SERVER)) as u32 != 0
@@ -653,7 +571,7 @@ impl ClientCore {
         if self.broken {
             return Err(AcquireError::Broken);
         }
-        if self.segment.generation() == self.orphan_of {
+        if self.taking_over || self.segment.generation() == self.orphan_of {
             return Err(AcquireError::NoServer);
         }
         self.orphan_of = 0;
@@ -719,17 +637,13 @@ impl ClientCore {
         if self.failpoints {
             state::note(&words[slot::STATE], sequence, State::ClientWriting);
         }
-        let header = [
-            place.map_or(0, |(_, data)| data),
-            u64::from(capacity) << 32 | u64::from(len),
-            u64::from(flags),
-            0,
-        ];
-        let stands = self.records[index].header;
-        for (at, word) in HEADER.into_iter().enumerate() {
-            if stands[at] != header[at] {
-                words[word].store(header[at], Ordering::Relaxed);
-            }
+        if let Some((_, data)) = place {
+            words[slot::OFFSET].store(data, Ordering::Relaxed);
+            words[slot::CAPACITY].store(u64::from(capacity), Ordering::Relaxed);
+        }
+        let length = u64::from(flags) << 32 | u64::from(len);
+        if self.records[index].length != length {
+            words[slot::LENGTH].store(length, Ordering::Relaxed);
         }
         self.pass(Failpoint::ClientRequest);
         self.records[index] = Record {
@@ -742,7 +656,7 @@ impl ClientCore {
             capacity,
             len,
             place,
-            header,
+            length,
         };
         if one_way {
             self.loose += 1;
@@ -757,13 +671,14 @@ impl ClientCore {
     }
 
     #[inline]
-    fn store_counters(&self) {
-        let words = &self.lines.line(line::CLIENT_COUNTERS).0;
+    pub(super) fn store_counters(&self) {
+        let words = &self.lane.counters.0;
         let set = |word: usize, value| words[word].store(value, Ordering::Relaxed);
         set(client_counter::NEXT, self.next);
         set(client_counter::WRITTEN_COUNT, self.written_count);
         set(client_counter::WRITTEN_BYTES, self.written_bytes);
-        set(client_counter::READ_COUNT, self.read_count);
+        let awaited = u64::from(self.lane.is_in_flight());
+        set(client_counter::READ_COUNT, self.read_count - awaited);
         set(client_counter::FREE_BYTES, self.space.free_bytes());
     }
 

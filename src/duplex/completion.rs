@@ -5,7 +5,9 @@
 //! ```
 //! For each answered request (not for one-way ones) the server draws a ticket, from
 //! 1 on, stores the entry at the ticket's place, and **then** hands the frame over;
-//! with several workers entries may become visible in another order than drawn. The
+//! with several workers entries may become visible in another order than drawn. A
+//! server with one worker may hand over first: its entries stand in the order of their
+//! tickets all the same, and its post comes after both. The
 //! client knows from the ticket in the entry whether it is the one that it waits for,
 //! an older one, or one of a lap further. An entry whose frame is not handed over yet
 //! stays at the head and is looked at again.

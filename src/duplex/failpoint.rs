@@ -30,7 +30,8 @@ pub enum Failpoint {
     ServerHandler = 7,
     /// Server: the handler ran, not handed over.
     ServerResponse = 8,
-    /// Server: handed over, no completion stored.
+    /// Server: handed over, no completion stored; of a server with several workers the
+    /// other way round.
     ServerCompletion = 9,
     /// Server: all stored, the client not rung.
     ServerPost = 10,

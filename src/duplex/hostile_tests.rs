@@ -326,6 +326,40 @@ proptest! {
     }
 
     #[test]
+    fn a_client_with_one_request_survives_any_answer(
+        header in prop::collection::vec(word(), 5),
+        own_sequence in any::<bool>(),
+        state in 0u64..12,
+    ) {
+        let (mut client, server) = sides(4096);
+        let segment = client.segment().clone();
+        client.submit(b"first", Options::default()).expect("submit");
+        client.kick();
+        let mut posts = Posts::new();
+        let claim = server.claim(&mut posts).expect("request");
+        server.respond(claim, 5, &mut posts);
+        prop_assert_eq!(client.poll_any(true), Some(1));
+        prop_assert!(client.release(1));
+        let sequence = client.send_alone(&[1; 60]).expect("nothing else is under way");
+        let slot_line = segment.slots().line(0);
+        for (at, word) in header.iter().enumerate() {
+            slot_line.0[at].store(*word, Ordering::Relaxed);
+        }
+        if own_sequence {
+            slot_line.0[slot::STATE].store(sequence << 8 | state, Ordering::Relaxed);
+        }
+        if let Some(place) = client.take_alone(sequence, 3) {
+            prop_assert_eq!(place.len(), 60, "its own length or none");
+        }
+        if client.poll(sequence) != Poll::Pending {
+            prop_assert!(client.response(sequence).is_some_and(|bytes| bytes.len() <= INLINE_BYTES));
+            prop_assert!(client.release(sequence));
+        }
+        let _ = client.server_died();
+        prop_assert_eq!(client.in_flight(), 0);
+    }
+
+    #[test]
     fn counters_and_semaphores_may_hold_anything(words in prop::collection::vec(any::<u64>(), 40)) {
         let (mut client, server) = sides(4096);
         let segment = client.segment().clone();

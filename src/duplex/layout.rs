@@ -11,6 +11,7 @@
 //!   +0x380 failpoints
 //!   +0x400 client's counters +0x480 server's counters   changed at each call
 //!   +0x500 completion ring   2 * slots words
+//!   ...    wishes            slots words, rounded up to 128 bytes
 //!   ...    slot table        slots * 128 bytes
 //! payload_offset = align_up(end, 4096)                  payload_size bytes
 //! ```
@@ -24,9 +25,9 @@ use crate::limits::{
 use crate::units::{PAGE_SIZE, page_align_up};
 
 /// "uffddpx" and the layout's version, as a number; stored last.
-pub const MAGIC: u64 = u64::from_le_bytes(*b"uffddpx\x01");
+pub const MAGIC: u64 = u64::from_le_bytes(*b"uffddpx\x02");
 /// Raised with every change of this layout.
-pub const LAYOUT_VERSION: u32 = 1;
+pub const LAYOUT_VERSION: u32 = 2;
 
 bitflags::bitflags! {
     /// What a channel's memory has beyond the ordinary.
@@ -143,18 +144,16 @@ pub(super) const LINES_AHEAD: u64 = 4;
 pub(super) mod slot {
     /// `sequence << 8 | state`.
     pub(in super::super) const STATE: usize = 0;
-    /// Offset of the data in the payload; 0 for an inline frame.
-    pub(in super::super) const OFFSET: usize = 1;
-    /// `capacity << 32 | length`.
-    pub(in super::super) const LENGTH: usize = 2;
-    /// `error << 32 | flags`.
-    pub(in super::super) const FLAGS: usize = 3;
-    /// 1 = the client does not want it any more.
-    pub(in super::super) const CANCEL: usize = 4;
+    /// `flags << 32 | length`; of a failed frame `error << 32 | length`.
+    pub(in super::super) const LENGTH: usize = 1;
     /// Inline data from this word on.
-    pub(in super::super) const INLINE: usize = 6;
+    pub(in super::super) const INLINE: usize = 2;
     /// Words of inline data.
-    pub(in super::super) const INLINE_WORDS: usize = 10;
+    pub(in super::super) const INLINE_WORDS: usize = 14;
+    /// Instead of inline data: offset of the data in the payload.
+    pub(in super::super) const OFFSET: usize = 2;
+    /// Instead of inline data: its capacity.
+    pub(in super::super) const CAPACITY: usize = 3;
     /// Nobody waits for a response.
     pub(in super::super) const ONE_WAY: u32 = 1;
     /// The data lies in the slot.
@@ -193,6 +192,9 @@ pub struct Geometry {
     pub control: u64,
     /// Offset of the completion ring.
     pub ring: u64,
+    /// Offset of the client's wishes: a word per slot, the last sequence of it that
+    /// was cancelled.
+    pub wishes: u64,
     /// Offset of the slot table.
     pub table: u64,
     /// Offset of the payload, in the second descriptor if it is a view.
@@ -230,7 +232,8 @@ impl Geometry {
         let control = control_offset(metadata_size);
         let ring = control + control::BYTES;
         let ring_bytes = 8 * u64::from(completion::places(slots));
-        let table = ring + ring_bytes.next_multiple_of(128);
+        let wishes = ring + ring_bytes.next_multiple_of(128);
+        let table = wishes + (8 * u64::from(slots)).next_multiple_of(128);
         let end = page_align_up(table + 128 * u64::from(slots));
         let is_view = features.contains(Features::VIEW);
         Ok(Geometry {
@@ -238,6 +241,7 @@ impl Geometry {
             metadata_size,
             control,
             ring,
+            wishes,
             table,
             payload_offset: if is_view { view_offset } else { end },
             payload_size,

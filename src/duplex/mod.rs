@@ -35,9 +35,13 @@ mod bytes;
 #[cfg(not(loom))]
 mod client;
 #[cfg(not(loom))]
+mod ends;
+#[cfg(not(loom))]
 mod failpoint;
 #[cfg(all(test, not(loom)))]
 mod hostile_tests;
+#[cfg(not(loom))]
+mod lane;
 #[cfg(not(loom))]
 pub mod layout;
 #[cfg(not(loom))]

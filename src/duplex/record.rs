@@ -1,7 +1,6 @@
 //! What a client knows of each slot, whatever the slot says.
 
 use super::Sequence;
-use super::layout::slot;
 use super::request::Poll;
 
 /// What an entry of the completion ring is good for.
@@ -37,13 +36,11 @@ pub(super) struct Record {
     pub(super) len: u32,
     /// Block of the payload and offset of the data; none if inline.
     pub(super) place: Option<(u64, u64)>,
-    /// What the slot holds as offset, length, flags and wish, as far as this side
-    /// knows. What stands there is not stored again: each store is one more moment in
-    /// which a polling server takes the line away.
-    pub(super) header: [u64; 4],
+    /// The length word that the slot holds, as far as this side knows. What stands
+    /// there is not stored again: each store is one more moment in which a polling
+    /// server takes the line away.
+    pub(super) length: u64,
 }
 
-/// The header words of a slot, in the order of [`Record::header`].
-pub(super) const HEADER: [usize; 4] = [slot::OFFSET, slot::LENGTH, slot::FLAGS, slot::CANCEL];
-/// No header word is ever this.
+/// No length word is ever this.
 pub(super) const UNKNOWN: u64 = u64::MAX;

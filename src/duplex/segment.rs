@@ -104,6 +104,7 @@ struct Inner {
     /// The control block up to the ring.
     lines: Lines,
     ring: Lines,
+    wishes: Lines,
     slots: Lines,
     payload: Window,
     fds: Vec<OwnedFd>,
@@ -213,6 +214,8 @@ impl Segment {
         let ring_words = completion::places(geometry.slots) as usize;
         let lines = Lines::new(&memory, geometry.control, line::COUNT)?;
         let ring = Lines::new(&memory, geometry.ring, ring_words.div_ceil(16))?;
+        let wish_lines = (geometry.slots as usize).div_ceil(16);
+        let wishes = Lines::new(&memory, geometry.wishes, wish_lines)?;
         let slots = Lines::new(&memory, geometry.table, geometry.slots as usize)?;
         Ok(Segment(Arc::new(Inner {
             geometry,
@@ -220,6 +223,7 @@ impl Segment {
             memory,
             lines,
             ring,
+            wishes,
             slots,
             payload,
             fds,
@@ -476,6 +480,11 @@ impl Segment {
 
     pub(super) fn ring(&self) -> &Lines {
         &self.0.ring
+    }
+
+    /// The client's wishes: a word per slot.
+    pub(super) fn wishes(&self) -> &Lines {
+        &self.0.wishes
     }
 
     pub(super) fn slots(&self) -> &Lines {

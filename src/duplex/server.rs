@@ -10,10 +10,10 @@ use super::layout::{INLINE_BYTES, LINES_AHEAD, client_counter, line, server_coun
 use super::segment::Segment;
 use super::space::UNIT;
 use super::state::{self, Side, State};
-use super::waiting::Semaphore;
+use super::waiting::{Pace, Semaphore};
 use super::{ErrorCode, Sequence, event};
 use crate::limits::{MAX_CHANNEL_ERROR_BYTES, MAX_DEFERRED_POSTS};
-use crate::shm::{Lines, PeerTrust, TrustedBytes, high_half};
+use crate::shm::{KeptLine, Line, Lines, PeerTrust, TrustedBytes, high_half};
 use crate::sys::futex;
 use crate::units::checked_range;
 
@@ -30,7 +30,7 @@ pub struct Claim {
     place: Place,
     len: u32,
     capacity: u32,
-    one_way: bool,
+    flags: u32,
     cancelled: bool,
     malformed: bool,
 }
@@ -58,7 +58,7 @@ impl Claim {
 
     /// Whether nobody waits for a response.
     pub fn is_one_way(&self) -> bool {
-        self.one_way
+        self.flags & slot::ONE_WAY != 0
     }
 
     /// Whether the client no longer wants it: answer by [`ServerCore::skip`].
@@ -83,6 +83,8 @@ pub struct Posts {
     read: u64,
     written_bytes: u64,
     failed: u64,
+    /// When the next request is to be expected.
+    pace: Pace,
 }
 
 impl Posts {
@@ -108,6 +110,13 @@ pub struct ServerCore {
     failpoints: bool,
     /// One worker: it says what it serves in `serving`, and nobody else counts.
     alone: bool,
+    counters: KeptLine,
+    response_ready: KeptLine,
+    space_available: KeptLine,
+    /// Slot 0.
+    first: KeptLine,
+    wishes: Lines,
+    ring: Lines,
     /// Sequence of the next request.
     cursor: Own,
     /// Next ticket of the completion ring.
@@ -156,6 +165,12 @@ impl ServerCore {
             places: u64::from(places),
             failpoints: segment.has_failpoints(),
             alone: workers <= 1,
+            counters: segment.lines().keep(line::SERVER_COUNTERS),
+            response_ready: segment.lines().keep(line::RESPONSE_READY),
+            space_available: segment.lines().keep(line::SPACE_AVAILABLE),
+            first: segment.slots().keep(0),
+            wishes: segment.wishes().clone(),
+            ring: segment.ring().clone(),
             cursor: Own(AtomicU64::new(first)),
             ticket: Own(AtomicU64::new(1)),
         }
@@ -173,25 +188,50 @@ impl ServerCore {
             .is_some()
     }
 
-    /// The request that follows where `cursor` would be the next, if it is there:
-    /// that one, or the first of the next lap (a client with nothing in flight goes
-    /// back to slot 0).
+    /// Whether there is a request right behind the last one. Who goes back to slot 0
+    /// has nothing else in flight and waits for its answer: its line is left alone.
+    #[inline]
+    fn has_further_request(&self) -> bool {
+        let cursor = self.cursor.0.load(Ordering::Relaxed);
+        let slot_line = self.slots.line((cursor & self.mask) as usize);
+        state::is_request(&slot_line.0[slot::STATE], cursor)
+    }
+
+    /// The request that follows where `cursor` would be the next, if it is there.
     #[inline]
     fn awaited(&self, cursor: Sequence) -> Option<Sequence> {
-        let is_there = |sequence: Sequence| {
+        state::awaited(cursor, self.mask, |sequence| {
             let slot_line = self.slots.line((sequence & self.mask) as usize);
             state::is_request(&slot_line.0[slot::STATE], sequence)
-        };
-        if is_there(cursor) {
-            return Some(cursor);
-        }
+        })
+    }
+
+    /// Takes the next request as [`ServerCore::claim`] does, after up to `looks` looks
+    /// that touch nothing but the two lines it may come in.
+    #[inline]
+    pub fn claim_within(&self, looks: u32, posts: &mut Posts) -> Option<Claim> {
+        let cursor = self.cursor.0.load(Ordering::Relaxed);
         let lap = state::next_lap(cursor, self.mask);
-        if !is_there(lap) {
-            return None;
+        let next = &self.slots.line((cursor & self.mask) as usize).0[slot::STATE];
+        let first = &self.first.0[slot::STATE];
+        posts.pace.hold_off();
+        for look in 0..looks {
+            if state::is_request(first, lap) {
+                posts.pace.found_after(look);
+                // See `state::awaited`.
+                if !self.alone || state::is_request(next, cursor) {
+                    return self.claim(posts);
+                }
+                self.cursor.0.store(lap + 1, Ordering::Relaxed);
+                return Some(self.taken(lap, &self.first, posts));
+            }
+            if state::is_request(next, cursor) {
+                return self.claim(posts);
+            }
+            // Without it the poll takes the line back from who is about to write it.
+            std::hint::spin_loop();
         }
-        // A client that did not go back hands the former over before the latter, so
-        // it is seen now if it was not there above.
-        Some(if is_there(cursor) { cursor } else { lap })
+        None
     }
 
     /// Takes the next request. A core that was made for one worker is to be asked by
@@ -205,13 +245,13 @@ impl ServerCore {
             if self.alone {
                 let sequence = found?;
                 self.cursor.0.store(sequence + 1, order);
-                return Some(self.taken(sequence, posts));
+                return Some(self.taken_at(sequence, posts));
             }
             let now = match found {
                 Some(sequence) => {
                     let next = sequence + 1;
                     match self.cursor.0.compare_exchange(cursor, next, order, order) {
-                        Ok(_) => return Some(self.taken(sequence, posts)),
+                        Ok(_) => return Some(self.taken_at(sequence, posts)),
                         Err(now) => now,
                     }
                 }
@@ -224,42 +264,65 @@ impl ServerCore {
         }
     }
 
-    /// Copies the header out and checks it.
     #[inline]
-    fn taken(&self, sequence: Sequence, posts: &mut Posts) -> Claim {
-        let index = (sequence & self.mask) as usize;
+    fn taken_at(&self, sequence: Sequence, posts: &mut Posts) -> Claim {
         if posts.answers > 0 {
             // In the middle of many: those that follow are on their way meanwhile.
             let ahead = (sequence + LINES_AHEAD) & self.mask;
             self.slots.line(ahead as usize).prefetch();
         }
-        let words = &self.slots.line(index).0;
-        let word = |at: usize| words[at].load(Ordering::Relaxed);
-        let (length, flags, offset) = (word(slot::LENGTH), word(slot::FLAGS), word(slot::OFFSET));
-        let (len, capacity) = (length as u32, (length >> 32) as u32);
-        let in_slot = flags as u32 & slot::IN_SLOT != 0;
-        let fits = if in_slot {
-            capacity as usize <= INLINE_BYTES
-        } else {
-            let size = self.segment.geometry().payload_size;
-            offset.is_multiple_of(UNIT) && checked_range(offset, u64::from(capacity), size).is_ok()
-        };
-        let malformed = !fits || len > capacity;
+        let line = self.slots.line((sequence & self.mask) as usize);
+        self.taken(sequence, line, posts)
+    }
+
+    /// Copies the header out and checks it.
+    #[inline]
+    fn taken(&self, sequence: Sequence, line: &Line, posts: &mut Posts) -> Claim {
+        let index = (sequence & self.mask) as usize;
+        let length = line.0[slot::LENGTH].load(Ordering::Relaxed);
+        let (len, flags) = (length as u32, (length >> 32) as u32);
+        let in_slot = flags & slot::IN_SLOT != 0;
         posts.read += 1;
         self.pass(Failpoint::ServerBusy);
-        Claim {
+        let claim = Claim {
             sequence,
             slot: index,
-            place: if in_slot || malformed {
-                Place::Slot(index)
-            } else {
-                Place::Payload(offset)
+            place: Place::Slot(index),
+            len,
+            capacity: INLINE_BYTES as u32,
+            flags,
+            cancelled: self.wishes.word(index).load(Ordering::Relaxed) == sequence,
+            malformed: false,
+        };
+        if in_slot && len as usize <= INLINE_BYTES {
+            claim
+        } else {
+            self.in_payload(claim, in_slot)
+        }
+    }
+
+    /// The rest of the header of a frame that is not an ordinary inline one.
+    fn in_payload(&self, claim: Claim, in_slot: bool) -> Claim {
+        let words = &self.slots.line(claim.slot).0;
+        let word = |at: usize| words[at].load(Ordering::Relaxed);
+        let (offset, capacity) = (word(slot::OFFSET), word(slot::CAPACITY));
+        let size = self.segment.geometry().payload_size;
+        let fits = !in_slot
+            && offset.is_multiple_of(UNIT)
+            && checked_range(offset, capacity, size).is_ok()
+            && u64::from(claim.len) <= capacity;
+        match u32::try_from(capacity) {
+            Ok(capacity) if fits => Claim {
+                place: Place::Payload(offset),
+                capacity,
+                ..claim
             },
-            len: if malformed { 0 } else { len },
-            capacity: if malformed { 0 } else { capacity },
-            one_way: flags as u32 & slot::ONE_WAY != 0,
-            cancelled: word(slot::CANCEL) as u32 != 0,
-            malformed,
+            _ => Claim {
+                len: 0,
+                capacity: 0,
+                malformed: true,
+                ..claim
+            },
         }
     }
 
@@ -267,8 +330,8 @@ impl ServerCore {
     #[inline]
     pub fn begin_handler(&self, claim: &Claim) {
         if self.alone {
-            let counters = &self.lines.line(line::SERVER_COUNTERS).0;
-            counters[server_counter::SERVING].store(claim.sequence, Ordering::Relaxed);
+            let serving = &self.counters.0[server_counter::SERVING];
+            serving.store(claim.sequence, Ordering::Relaxed);
         }
         let inline = matches!(claim.place, Place::Slot(_));
         if !self.alone || !inline || self.failpoints {
@@ -316,9 +379,9 @@ impl ServerCore {
             self.fail(claim, ErrorCode::TOO_LONG, "", posts);
             return;
         }
-        let length = u64::from(claim.capacity) << 32 | len as u64;
         if len != claim.len() {
             let word = &self.slots.line(claim.slot).0[slot::LENGTH];
+            let length = u64::from(claim.flags) << 32 | len as u64;
             word.store(length, Ordering::Relaxed);
         }
         posts.written_bytes += len as u64;
@@ -335,10 +398,9 @@ impl ServerCore {
         let text = &text.as_bytes()[..end.unwrap_or(0)];
         let len = text.len();
         if self.bytes(&claim, len).write(0, text).is_ok() {
-            let words = &self.slots.line(claim.slot).0;
-            let length = u64::from(claim.capacity) << 32 | len as u64;
-            words[slot::LENGTH].store(length, Ordering::Relaxed);
-            words[slot::FLAGS].store(u64::from(code.0) << 32, Ordering::Relaxed);
+            let word = &self.slots.line(claim.slot).0[slot::LENGTH];
+            let length = u64::from(code.0) << 32 | len as u64;
+            word.store(length, Ordering::Relaxed);
         }
         posts.failed += 1;
         self.finish(&claim, State::Failed, posts);
@@ -355,24 +417,28 @@ impl ServerCore {
     fn finish(&self, claim: &Claim, state: State, posts: &mut Posts) {
         self.pass(Failpoint::ServerResponse);
         let word = &self.slots.line(claim.slot).0[slot::STATE];
-        if claim.one_way {
+        if claim.is_one_way() {
             state::hand_over(word, claim.sequence, State::Released);
             posts.one_way += 1;
         } else {
+            // A worker that is alone stores its entries in the order of their tickets
+            // whenever it does: its entry may follow.
+            if self.alone {
+                state::hand_over(word, claim.sequence, state);
+                self.pass(Failpoint::ServerCompletion);
+            }
             let ticket = self.draw();
-            let place = self
-                .segment
-                .ring()
-                .word((ticket & (self.places - 1)) as usize);
+            let place = self.ring.word((ticket & (self.places - 1)) as usize);
             completion::push(place, ticket, claim.sequence, claim.slot as u16);
-            self.pass(Failpoint::ServerCompletion);
-            state::hand_over(word, claim.sequence, state);
+            if !self.alone {
+                self.pass(Failpoint::ServerCompletion);
+                state::hand_over(word, claim.sequence, state);
+            }
             posts.answers += 1;
             posts.mask |= 1 << (claim.slot % 32);
         }
         if self.alone {
-            let counters = &self.lines.line(line::SERVER_COUNTERS).0;
-            counters[server_counter::SERVING].store(0, Ordering::Relaxed);
+            self.counters.0[server_counter::SERVING].store(0, Ordering::Relaxed);
         }
         self.pass(Failpoint::ServerPost);
     }
@@ -396,9 +462,9 @@ impl ServerCore {
         let waiting = u64::from(posts.answers + posts.one_way);
         waiting > 0
             && (waiting >= MAX_DEFERRED_POSTS
-                || event::has_waiters(&self.lines.line(line::RESPONSE_READY).0[0])
-                || event::has_waiters(&self.lines.line(line::SPACE_AVAILABLE).0[0])
-                || !self.has_request())
+                || event::has_waiters(&self.response_ready.0[0])
+                || event::has_waiters(&self.space_available.0[0])
+                || !self.has_further_request())
     }
 
     /// Rings sleeping workers of this process, so that they look around.
@@ -414,7 +480,7 @@ impl ServerCore {
         }
         let mut woke = false;
         if std::mem::take(&mut posts.answers) > 0 {
-            let word = &self.lines.line(line::RESPONSE_READY).0[0];
+            let word = &self.response_ready.0[0];
             if event::post(word) {
                 woke = true;
                 // Refused only for an empty mask, and this has a bit per answer.
@@ -423,7 +489,7 @@ impl ServerCore {
             posts.mask = 0;
             // SYNC(room): an answer to a request that was cancelled late is room too. Who
             // waits for room changes the word posted above after it has announced itself.
-            if event::has_waiters(&self.lines.line(line::SPACE_AVAILABLE).0[0]) {
+            if event::has_waiters(&self.space_available.0[0]) {
                 self.segment.ring_all(Semaphore::SpaceAvailable);
             }
         }
@@ -440,7 +506,7 @@ impl ServerCore {
     /// Adds a worker's counts to the control block. True once in a while.
     #[inline]
     fn add_up(&self, posts: &mut Posts) -> bool {
-        let words = &self.lines.line(line::SERVER_COUNTERS).0;
+        let words = &self.counters.0;
         let add = |word: usize, count: u64| {
             let word = &words[word];
             if self.alone {

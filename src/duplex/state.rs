@@ -154,6 +154,33 @@ pub fn is_request(word: &AtomicU64, sequence: u64) -> bool {
     word.load(Ordering::Acquire) == pack(sequence, State::Request)
 }
 
+/// The request that follows where `cursor` would be the next, if it is there: that one,
+/// or the first of the next lap, since a client with nothing in flight goes back to
+/// slot 0. `is_there` is [`is_request`] for the slot of a sequence.
+#[inline]
+pub fn awaited(cursor: u64, mask: u64, is_there: impl Fn(u64) -> bool) -> Option<u64> {
+    if is_there(cursor) {
+        return Some(cursor);
+    }
+    let lap = next_lap(cursor, mask);
+    if !is_there(lap) {
+        return None;
+    }
+    // A client that did not go back hands the former over before the latter, so it is
+    // seen now if it was not there above.
+    Some(if is_there(cursor) { cursor } else { lap })
+}
+
+/// The order in which a batch of requests is handed over: the last one first, so that
+/// the server finds it whole and does not ask for lines that are being written. But what
+/// lies before slot 0 comes before what lies behind it, or the server takes the latter
+/// for a lap that was begun.
+#[inline]
+pub fn hand_over_order(begun: u64, end: u64, mask: u64) -> impl Iterator<Item = u64> {
+    let lap = next_lap(begun, mask).min(end);
+    (begun..lap).rev().chain((lap..end).rev())
+}
+
 /// What a client finds in the slot of a request that it published.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Answer {

@@ -46,7 +46,7 @@ fn serve(server: &ServerCore) {
 #[test]
 fn requests_of_every_size_come_back_changed() {
     let (mut client, server) = sides(64 << 10);
-    for len in [0, 1, 7, 8, 16, 63, 64, 79, 80, 81, 4096, 40_000] {
+    for len in [0, 1, 7, 8, 16, 47, 48, 63, 64, 111, 112, 113, 4096, 40_000] {
         let request: Vec<u8> = (0..len).map(|i| i as u8 % 251).collect();
         let sequence = client.submit(&request, Options::default()).expect("submit");
         client.kick();
@@ -72,7 +72,7 @@ fn requests_of_every_size_come_back_changed() {
 fn grants_are_filled_in_place_and_sent_in_any_order() {
     let (mut client, server) = sides(1 << 20);
     let mut large = client.acquire(100_000, Options::default()).expect("room");
-    let mut small = client.acquire(5, options(80)).expect("room");
+    let mut small = client.acquire(5, options(INLINE_BYTES)).expect("room");
     let never = client.acquire(70_000, Options::default()).expect("room");
     client
         .write(&mut large, 99_990, b"0123456789")
@@ -109,11 +109,13 @@ fn refusals_change_nothing() {
         .submit(&[0; 960], Options::default())
         .expect("all of it");
     assert_eq!(
-        client.submit(&[0; 81], Options::default()),
+        client.submit(&[0; INLINE_BYTES + 1], Options::default()),
         Err(AcquireError::Full)
     );
     for _ in 1..8 {
-        client.submit(&[0; 80], Options::default()).expect("a slot");
+        client
+            .submit(&[0; INLINE_BYTES], Options::default())
+            .expect("a slot");
     }
     assert_eq!(
         client.submit(b"", Options::default()),
@@ -331,6 +333,15 @@ impl Run {
             Step::Poll { pick } => {
                 if !self.naive.answered.is_empty() {
                     let (sequence, _) = self.naive.answered[pick % self.naive.answered.len()];
+                    if pick.is_multiple_of(2)
+                        && let Some(place) = self.client.take_alone(sequence, 0)
+                    {
+                        let (_, content) = self.naive.answered.remove(0);
+                        let bytes = self.client.segment().frame_bytes(place).to_vec();
+                        assert_eq!(bytes, content);
+                        self.naive.held.push((sequence, content));
+                        return;
+                    }
                     assert_eq!(self.client.poll(sequence), Poll::Response);
                     self.received(sequence);
                 }
@@ -364,6 +375,17 @@ impl Run {
     fn send(&mut self, len: usize, capacity: usize, one_way: bool) {
         self.fill = self.fill.wrapping_add(1);
         let content = vec![self.fill; len];
+        if !one_way
+            && capacity <= len
+            && self.fill.is_multiple_of(2)
+            && let Some(sequence) = self.client.send_alone(&content)
+        {
+            let naive = &self.naive;
+            assert!(naive.held.is_empty() && naive.answered.is_empty(), "alone");
+            self.sent += 1;
+            self.naive.requests.push_back((sequence, content));
+            return;
+        }
         match self.client.submit(&content, Options { capacity, one_way }) {
             Ok(sequence) => {
                 self.sent += 1;

@@ -82,6 +82,49 @@ impl Segment {
     }
 }
 
+/// When a side that polls looks for the first time.
+///
+/// A look in vain takes the line away from the other side, which then has to fetch it
+/// once more before it can hand anything over. So a side that has just handed over keeps
+/// away from the line for about as long as the last answers took, and looks closely
+/// only then.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Pace {
+    pauses: u32,
+    /// Finds at the first look since it last became later.
+    prompt: u32,
+}
+
+impl Pace {
+    /// Longest time to keep away, in pauses of some 15 to 40 ns.
+    const MOST: u32 = 16;
+    /// Finds at the first look after which it may have been too late.
+    const PATIENCE: u32 = 8;
+
+    /// Keeps away from the line.
+    #[inline]
+    pub(super) fn hold_off(&self) {
+        for _ in 0..self.pauses {
+            std::hint::spin_loop();
+        }
+    }
+
+    /// Learns that so many looks were in vain.
+    #[inline]
+    pub(super) fn found_after(&mut self, looks: u32) {
+        if looks > 1 {
+            self.pauses = (self.pauses + 1).min(Pace::MOST);
+            self.prompt = 0;
+        } else if looks == 0 {
+            self.prompt += 1;
+            if self.prompt > Pace::PATIENCE {
+                self.pauses = self.pauses.saturating_sub(1);
+                self.prompt = 0;
+            }
+        }
+    }
+}
+
 /// What to do after a look in vain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Pause {
@@ -173,6 +216,19 @@ mod tests {
         while spinner.pause(0, None) == Pause::Sleep {}
         spinner.succeeded();
         assert_eq!(polls(&mut spinner, 2), 2);
+    }
+
+    #[test]
+    fn the_first_look_comes_about_when_answers_do() {
+        let mut pace = Pace::default();
+        for answer in [10u32, 3, 40, 0] {
+            for _ in 0..400 {
+                pace.found_after(answer.saturating_sub(pace.pauses));
+            }
+            let expected = answer.min(Pace::MOST);
+            let near = expected.saturating_sub(1)..=expected;
+            assert!(near.contains(&pace.pauses), "{answer}: {}", pace.pauses);
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! 128 bytes are two cache lines, which the prefetcher fetches as a pair.
 #![allow(unsafe_code, reason = "references to words of shared memory")]
 
+use std::ops::Deref;
 use std::ptr::NonNull;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64};
@@ -123,6 +124,18 @@ impl Lines {
         unsafe { self.first.add(index).as_ref() }
     }
 
+    /// The line at `index` as an object that keeps it mapped, for paths where even
+    /// looking it up is too much.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn keep(&self, index: usize) -> KeptLine {
+        KeptLine {
+            line: NonNull::from(self.line(index)),
+            _mapping: self._mapping.clone(),
+        }
+    }
+
     /// The word at `index`, counted through all lines.
     ///
     /// # Panics
@@ -130,6 +143,31 @@ impl Lines {
     #[inline]
     pub fn word(&self, index: usize) -> &AtomicU64 {
         &self.line(index / WORDS).0[index % WORDS]
+    }
+}
+
+/// One line of a table, which it keeps mapped.
+#[derive(Clone, Debug)]
+pub struct KeptLine {
+    line: NonNull<Line>,
+    _mapping: Arc<Mapping>,
+}
+
+// SAFETY: required: the object may be used from any thread. It hands out shared
+// references to atomics only, and the mapping it keeps is `Send` and `Sync`.
+unsafe impl Send for KeptLine {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for KeptLine {}
+
+impl Deref for KeptLine {
+    type Target = Line;
+
+    #[inline]
+    fn deref(&self) -> &Line {
+        // SAFETY: required: a line that is mapped for as long as the reference and
+        // accessed by atomics only. `Lines::keep` took it from a table, and
+        // `_mapping` keeps it mapped.
+        unsafe { self.line.as_ref() }
     }
 }
 
@@ -152,6 +190,9 @@ mod tests {
         let lines = Lines::new(&memory, 128, 2).expect("lines");
         lines.word(17).store(7 << 32 | 5, Ordering::Relaxed);
         lines.line(1).prefetch_second_half();
+        let kept = lines.keep(1);
+        kept.0[2].store(9, Ordering::Relaxed);
+        assert_eq!(lines.word(18).load(Ordering::Relaxed), 9);
         assert_eq!(memory.load::<u64>(256 + 8), Ok(7 << 32 | 5));
         assert_eq!(high_half(lines.word(17)).load(Ordering::Relaxed), 7);
         for (offset, count) in [(64, 1), (4096, 1), (0, 33), (128, usize::MAX)] {

@@ -9,10 +9,10 @@ store; every post makes the wake-up call, which also orders the store before it.
 """
 import array, ctypes, fcntl, mmap, os, socket, struct, sys, time
 
-MAGIC_HELLO, MAGIC_MEMORY = b"uffdchn\x01", b"uffddpx\x01"
-ATTACH, IN_PLACE, VERSION = 1, 1, 1
+MAGIC_HELLO, MAGIC_MEMORY = b"uffdchn\x01", b"uffddpx\x02"
+ATTACH, IN_PLACE, VERSION = 1, 1, 2
 REQUEST, RESPONSE, FAILED, RELEASED = 2, 4, 5, 7
-ONE_WAY, IN_SLOT, INLINE_BYTES = 1, 2, 80
+ONE_WAY, IN_SLOT, INLINE_BYTES = 1, 2, 112
 SEALS = 0x1 | 0x2 | 0x4  # SEAL, SHRINK, GROW
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -54,7 +54,8 @@ class Memory:
     def place(self, slots, metadata, payload):
         self.slots, self.control = slots, align(0xB0 + 2 * metadata, 128)
         self.ring = self.control + 0x500
-        self.table = self.ring + align(16 * slots, 128)
+        self.wishes = self.ring + align(16 * slots, 128)
+        self.table = self.wishes + align(8 * slots, 128)
         self.payload = align(self.table + 128 * slots, 4096)
 
     def get64(self, at):
@@ -125,23 +126,24 @@ def client(path, count):
         request = (b"call %d " % sequence) * (1 + sequence * 37 % 400)
         at, inline = memory.slot(sequence), len(request) <= INLINE_BYTES
         if inline:
-            data, flags, offset, capacity = at + 48, IN_SLOT, 0, INLINE_BYTES
+            data, flags, capacity = at + 16, IN_SLOT, INLINE_BYTES
         else:
             # One call at a time: the ring is empty and begins at 0.
             block, offset, capacity = 64 + align(len(request), 64), 64, align(len(request), 64)
             header = struct.pack("<IIQQI36x", 0x4D415246, 0, block, sequence, sequence % memory.slots)
             memory.view[memory.payload:memory.payload + 64] = header
+            memory.view[at + 16:at + 32] = struct.pack("<QQ", offset, capacity)
             data, flags = memory.payload + offset, 0
         memory.view[data:data + len(request)] = request
-        memory.view[at + 8:at + 40] = struct.pack("<QIIIIQ", offset, len(request), capacity, flags, 0, 0)
+        memory.view[at + 8:at + 16] = struct.pack("<II", len(request), flags)
         memory.set64(memory.control + 0x400, sequence)
         memory.set64(memory.control + 0x400 + 40, sequence + 1)
         memory.hand_over(sequence, REQUEST)
         memory.post(3)
         done = lambda: memory.state(sequence) if memory.state(sequence) in (RESPONSE, FAILED) else None
         assert memory.wait(4, done, peer, deadline) == RESPONSE
-        length, limit = struct.unpack("<II", memory.view[at + 16:at + 24])
-        assert limit == capacity and length <= capacity
+        length, = struct.unpack("<I", memory.view[at + 8:at + 12])
+        assert length <= capacity
         assert memory.view[data:data + length] == request.upper()
         memory.set64(memory.control + 0x400 + 16, sequence)
         memory.hand_over(sequence, RELEASED)
@@ -174,9 +176,10 @@ def server(path, count):
 
         sequence = memory.wait(3, came, peer, deadline)
         cursor, at = sequence + 1, memory.slot(sequence)
-        offset, length, capacity, flags = struct.unpack("<QIII", memory.view[at + 8:at + 28])
-        assert length <= capacity and (flags & IN_SLOT or offset + capacity <= memory.size)
-        data = at + 48 if flags & IN_SLOT else memory.payload + offset
+        length, flags, offset, capacity = struct.unpack("<IIQQ", memory.view[at + 8:at + 32])
+        assert length <= (INLINE_BYTES if flags & IN_SLOT else capacity)
+        assert flags & IN_SLOT or offset + capacity <= memory.size
+        data = at + 16 if flags & IN_SLOT else memory.payload + offset
         memory.view[data:data + length] = bytes(memory.view[data:data + length]).upper()
         memory.set64(memory.control + 0x480, taken)
         if flags & ONE_WAY:

@@ -3,6 +3,7 @@
 //! The failpoint words of the channel's memory name the place; the side that reaches
 //! it stands there until it is killed or let go.
 
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -59,8 +60,9 @@ fn a_server_killed_at_each_transition_and_the_next_one_goes_on() {
         (Failpoint::ServerBusy, "died"),
         (Failpoint::ServerHandler, "died modified"),
         (Failpoint::ServerResponse, "died modified"),
-        (Failpoint::ServerCompletion, "died modified"),
-        // Handed over: the response is there, whoever died meanwhile.
+        // Handed over: the response is there, whoever died meanwhile. One worker stores
+        // the completion after that.
+        (Failpoint::ServerCompletion, "response"),
         (Failpoint::ServerPost, "response"),
     ] {
         for len in LENGTHS {
@@ -106,7 +108,9 @@ fn a_server_stopped_at_each_transition_costs_a_deadline_and_no_more() {
             };
             let (back, report, _) = call_and(client, place, len, 300, stop);
             client = back;
-            let expected = if place == Failpoint::ServerPost {
+            // One worker hands over before it stores the completion.
+            let handed_over = [Failpoint::ServerCompletion, Failpoint::ServerPost];
+            let expected = if handed_over.contains(&place) {
                 "response"
             } else {
                 "timed out"
@@ -226,6 +230,51 @@ fn a_cancelled_request_meets_its_servers_death() {
     let _next = Peer::server(folder.path(), "a", true);
     client.reconnect(PATIENCE).expect("the next server");
     works(&client, 16);
+}
+
+#[test]
+fn threads_of_one_client_go_on_with_the_next_server_together() {
+    let folder = folder();
+    let first = Peer::server(folder.path(), "a", false);
+    let client = join(folder.path(), "a").expect("a client").into_shared();
+    let all_call = std::sync::Barrier::new(4);
+    let done = AtomicU32::new(0);
+    std::thread::scope(|scope| {
+        for len in [16, 60, 5000] {
+            let (client, all_call, done) = (client.clone(), &all_call, &done);
+            scope.spawn(move || {
+                let asked = request(ask::UPPER, len);
+                let answer = client.call(&asked, PATIENCE).expect("a server");
+                assert_eq!(answer.len(), len);
+                drop(answer);
+                all_call.wait();
+                // Until the server dies, whenever that is seen.
+                let ended = loop {
+                    if let Err(error) = client.call(&asked, PATIENCE) {
+                        break error;
+                    }
+                };
+                let expected = matches!(
+                    ended,
+                    ChannelError::PeerDied { .. } | ChannelError::Disconnected
+                );
+                assert!(expected, "{}", kind_of(&ended));
+                client.reconnect(PATIENCE).expect("the next server");
+                for _ in 0..200 {
+                    let answer = client.call(&asked, PATIENCE).expect("the next server");
+                    assert_eq!(answer.len(), len);
+                }
+                done.fetch_add(1, Ordering::Relaxed);
+            });
+        }
+        all_call.wait();
+        first.kill();
+        let next = Peer::server(folder.path(), "a", false);
+        await_that("the next server's calls", || {
+            done.load(Ordering::Relaxed) == 3
+        });
+        drop(next);
+    });
 }
 
 #[test]

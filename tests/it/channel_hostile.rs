@@ -12,6 +12,7 @@ use uffd_sync::client::channel::{
     AnyDuplexClient, ChannelError, ClientOptions, ConnectError, DuplexChannelFactory, NamedServer,
     ServerOptions,
 };
+use uffd_sync::duplex::layout::LAYOUT_VERSION;
 use uffd_sync::duplex::rendezvous::{
     Answer, Ask, ChannelKind, Hello, MESSAGE_BYTES, Refusal, Welcome,
 };
@@ -25,7 +26,7 @@ use super::channels::{ChannelServer, channel_command, socket_of, to_its_end};
 use super::nodes::{BINARY, PATIENCE, folder};
 
 const ATTACH: Hello = Hello {
-    versions: (1, 1),
+    versions: (LAYOUT_VERSION, LAYOUT_VERSION),
     features: u32::MAX,
     ask: Ask::Attach,
     generation: 0,
@@ -66,7 +67,10 @@ fn peers_of_other_versions_are_told_what_is_spoken() {
         versions: (7, 9),
         ..ATTACH
     };
-    let version = Refusal::Version { min: 1, max: 1 };
+    let version = Refusal::Version {
+        min: LAYOUT_VERSION,
+        max: LAYOUT_VERSION,
+    };
     let answer = answer_to(&socket, &newer.encode(), &[]);
     assert_eq!(answer, Some(Answer::Refused(version)));
     // The server's memory has failpoints, which this client does not know.
@@ -182,7 +186,7 @@ fn client_of(welcome: Welcome, fds: Vec<OwnedFd>) -> ChannelError {
 #[test]
 fn hostile_servers_hand_out_no_memory_that_is_used() {
     let welcome = Welcome {
-        version: 1,
+        version: LAYOUT_VERSION,
         features: 0,
         kind: ChannelKind::InPlace,
         generation: 1,
@@ -219,7 +223,7 @@ fn hostile_servers_hand_out_no_memory_that_is_used() {
         (
             "version",
             Welcome {
-                version: 2,
+                version: LAYOUT_VERSION + 1,
                 ..welcome
             },
         ),

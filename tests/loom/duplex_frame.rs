@@ -148,3 +148,101 @@ fn control_an_answer_taken_without_acquire() {
     }
     look_twice(state::hand_over, answer);
 }
+
+/// Slots of the model of laps, less 1.
+const MASK: u64 = 3;
+
+type Awaited = fn(u64, u64, &dyn Fn(u64) -> bool) -> Option<u64>;
+type Order = fn(u64, u64) -> Vec<u64>;
+
+/// A client sends `batches` of requests from `first` on, each after the answers to the one
+/// before, and goes back to slot 0 between two of them where `goes_back`. The server has
+/// to take all of them in their order.
+fn laps(first: u64, batches: &'static [u64], goes_back: bool, awaited: Awaited, order: Order) {
+    loom::model(move || {
+        let slots: Arc<Vec<AtomicU64>> = Arc::new((0..=MASK).map(|_| AtomicU64::new(0)).collect());
+        let mut sent = Vec::new();
+        let mut next = first;
+        for count in batches {
+            if goes_back && !sent.is_empty() {
+                next = state::next_lap(next, MASK);
+            }
+            sent.push((next, next + count));
+            next += count;
+        }
+        let client = {
+            let (slots, sent) = (slots.clone(), sent.clone());
+            thread::spawn(move || {
+                for (begun, end) in sent {
+                    for sequence in order(begun, end) {
+                        let word = &slots[(sequence & MASK) as usize];
+                        state::hand_over(word, sequence, State::Request);
+                    }
+                    for sequence in begun..end {
+                        let word = &slots[(sequence & MASK) as usize];
+                        while state::answer(word, sequence) == Answer::Pending {
+                            thread::yield_now();
+                        }
+                    }
+                }
+            })
+        };
+        let mut cursor = first;
+        for expected in sent.iter().flat_map(|(begun, end)| *begun..*end) {
+            let found = loop {
+                let is_there =
+                    |sequence: u64| state::is_request(&slots[(sequence & MASK) as usize], sequence);
+                match awaited(cursor, MASK, &is_there) {
+                    Some(found) => break found,
+                    None => thread::yield_now(),
+                }
+            };
+            assert_eq!(found, expected, "a request was passed over");
+            cursor = found + 1;
+            state::hand_over(&slots[(found & MASK) as usize], found, State::Response);
+        }
+        client.join().expect("the client");
+    });
+}
+
+fn as_built(cursor: u64, mask: u64, is_there: &dyn Fn(u64) -> bool) -> Option<u64> {
+    state::awaited(cursor, mask, is_there)
+}
+
+fn order_as_built(begun: u64, end: u64) -> Vec<u64> {
+    state::hand_over_order(begun, end, MASK).collect()
+}
+
+#[test]
+fn a_client_that_goes_back_to_slot_0_is_found_there() {
+    laps(1, &[1, 1], true, as_built, order_as_built);
+    laps(2, &[1, 2], true, as_built, order_as_built);
+}
+
+#[test]
+fn a_batch_across_slot_0_is_taken_in_order() {
+    laps(3, &[2], false, as_built, order_as_built);
+    laps(2, &[3], false, as_built, order_as_built);
+}
+
+#[test]
+#[should_panic(expected = "a request was passed over")]
+fn control_a_lap_taken_without_a_second_look() {
+    fn awaited(cursor: u64, mask: u64, is_there: &dyn Fn(u64) -> bool) -> Option<u64> {
+        let lap = state::next_lap(cursor, mask);
+        if is_there(cursor) {
+            return Some(cursor);
+        }
+        is_there(lap).then_some(lap)
+    }
+    laps(3, &[2], false, awaited, order_as_built);
+}
+
+#[test]
+#[should_panic(expected = "a request was passed over")]
+fn control_a_batch_across_slot_0_handed_over_backwards() {
+    fn order(begun: u64, end: u64) -> Vec<u64> {
+        (begun..end).rev().collect()
+    }
+    laps(3, &[2], false, as_built, order);
+}

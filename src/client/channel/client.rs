@@ -3,14 +3,14 @@
 use std::cell::RefCell;
 use std::time::Duration;
 
-use super::keeper::Keeper;
+use super::keeper::{Keeper, go_on};
 use super::link::Link;
 use super::rendezvous::deadline_in;
-use super::wait::{Ended, Waiter};
+use super::wait::{Ended, HOT_LOOKS, Waiter};
 use super::{ChannelError, SharedDuplexClient};
 use crate::duplex::{
-    ClientCore, FrameBytes, FramePlace, Grant, OpenLimits, Options, Poll, Presence, Segment,
-    Semaphore, Sequence, Side, Waiting,
+    AcquireError, ClientCore, FrameBytes, FramePlace, Grant, OpenLimits, Options, Poll, Presence,
+    Segment, Semaphore, Sequence, Side, Waiting,
 };
 use crate::units::OutOfRange;
 
@@ -106,10 +106,10 @@ impl DuplexClient {
     #[inline]
     pub fn send_request(&self, bytes: &[u8]) -> Result<Sequence, ChannelError> {
         let mut core = self.core.borrow_mut();
-        let sent = core.submit(bytes, Options::default());
-        let sequence = sent?;
-        core.kick();
-        Ok(sequence)
+        match core.send_alone(bytes) {
+            Some(sequence) => Ok(sequence),
+            None => Ok(send_among_others(&mut core, bytes)?),
+        }
     }
 
     /// Sends `bytes`; nobody hears of the outcome.
@@ -215,6 +215,25 @@ impl DuplexClient {
         sequence: Sequence,
         timeout: Duration,
     ) -> Result<Response<'_>, ChannelError> {
+        if self.waiter.borrow().is_hot() {
+            let taken = self.core.borrow_mut().take_alone(sequence, HOT_LOOKS);
+            if let Some(place) = taken {
+                return Ok(Response {
+                    client: self,
+                    sequence,
+                    place,
+                });
+            }
+        }
+        self.receive_later(sequence, timeout)
+    }
+
+    #[inline(never)]
+    fn receive_later(
+        &self,
+        sequence: Sequence,
+        timeout: Duration,
+    ) -> Result<Response<'_>, ChannelError> {
         let waited = {
             let mut core = self.core.borrow_mut();
             let segment = &self.segment;
@@ -249,11 +268,18 @@ impl DuplexClient {
     #[inline]
     pub fn call(&self, bytes: &[u8], timeout: Duration) -> Result<Response<'_>, ChannelError> {
         let sequence = self.send_request(bytes)?;
-        let answer = self.receive_for(sequence, timeout);
-        if matches!(answer, Err(ChannelError::TimedOut)) {
+        match self.receive_for(sequence, timeout) {
+            Ok(response) => Ok(response),
+            Err(error) => Err(self.give_up(sequence, error)),
+        }
+    }
+
+    #[cold]
+    fn give_up(&self, sequence: Sequence, error: ChannelError) -> ChannelError {
+        if matches!(error, ChannelError::TimedOut) {
             self.cancel(sequence);
         }
-        answer
+        error
     }
 
     /// The response of `sequence` is not wanted any more. A server that has not begun
@@ -342,30 +368,15 @@ impl DuplexClient {
     /// [`ChannelError::Disconnected`] if it was not made by name.
     pub fn reconnect(&mut self, timeout: Duration) -> Result<(), ChannelError> {
         let deadline = deadline_in(timeout);
-        if self.segment.is_stopped(Side::Client) {
-            return Err(ChannelError::Stopped);
-        }
-        let Some(keeper) = &mut self.keeper else {
-            return Err(ChannelError::Disconnected);
+        let mut keeper = self.keeper.take();
+        let begin = || {
+            self.server_is_gone();
+            self.core.borrow_mut().set_taking_over(true);
         };
-        let mut link = keeper.take_link().ok_or(ChannelError::Disconnected)?;
-        link.hang_up();
-        let taken = match self.segment.wait_until_gone(Side::Server, deadline) {
-            true => {
-                self.server_is_gone();
-                let taken = link.take_over(&self.segment, deadline);
-                taken.map_err(ChannelError::from)
-            }
-            false => Err(ChannelError::TimedOut),
-        };
-        if let Err(error) = taken {
-            if let Some(keeper) = &mut self.keeper {
-                keeper.put_link(link);
-            }
-            return Err(error);
-        }
-        // The new one takes the word over before the old one is dropped.
-        self.keeper = Some(Keeper::hold(&self.segment, Side::Client, Some(link))?);
+        let taken = go_on(&mut keeper, &self.segment, deadline, begin);
+        self.core.get_mut().set_taking_over(false);
+        self.keeper = keeper;
+        taken?;
         let waiting = self.waiter.borrow().waiting();
         self.waiter = RefCell::new(Waiter::new(&self.segment, Side::Client, waiting));
         Ok(())
@@ -421,6 +432,14 @@ impl DuplexClient {
             None => Err(ChannelError::UnknownSequence { sequence }),
         }
     }
+}
+
+/// A request that is not the only one, or has to be refused.
+#[inline(never)]
+fn send_among_others(core: &mut ClientCore, bytes: &[u8]) -> Result<Sequence, AcquireError> {
+    let sequence = core.submit(bytes, Options::default())?;
+    core.kick();
+    Ok(sequence)
 }
 
 /// What a request that has no response ended as.
@@ -549,6 +568,7 @@ impl<'a> Response<'a> {
     }
 
     /// Its bytes.
+    #[inline]
     pub fn view(&self) -> FrameBytes<'_> {
         self.client.segment.frame_bytes(self.place)
     }
@@ -569,6 +589,7 @@ impl<'a> Response<'a> {
 }
 
 impl Drop for Response<'_> {
+    #[inline]
     fn drop(&mut self) {
         self.client.core.borrow_mut().release(self.sequence);
     }

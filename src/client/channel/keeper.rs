@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use super::ChannelError;
 use super::link::Link;
@@ -69,6 +70,42 @@ impl Keeper {
     pub(super) fn put_link(&mut self, link: Link) {
         self.link = Some(link);
     }
+}
+
+/// Hands `segment` to the next server of the name that the keeper's connection was made
+/// by, and keeps the connection to that one. `begin` runs when the former server is gone,
+/// before the next one is asked. On an error the keeper is as before, but without a
+/// connection.
+///
+/// # Errors
+/// As [`super::DuplexClient::reconnect`].
+pub(super) fn go_on(
+    keeper: &mut Option<Keeper>,
+    segment: &Segment,
+    deadline: Instant,
+    begin: impl FnOnce(),
+) -> Result<(), ChannelError> {
+    if segment.is_stopped(Side::Client) {
+        return Err(ChannelError::Stopped);
+    }
+    let held = keeper.as_mut().ok_or(ChannelError::Disconnected)?;
+    let mut link = held.take_link().ok_or(ChannelError::Disconnected)?;
+    link.hang_up();
+    let taken = match segment.wait_until_gone(Side::Server, deadline) {
+        true => {
+            begin();
+            let taken = link.take_over(segment, deadline);
+            taken.map(|_| ()).map_err(ChannelError::from)
+        }
+        false => Err(ChannelError::TimedOut),
+    };
+    if let Err(error) = taken {
+        held.put_link(link);
+        return Err(error);
+    }
+    // The new one takes the word over before the old one is dropped.
+    *keeper = Some(Keeper::hold(segment, Side::Client, Some(link))?);
+    Ok(())
 }
 
 fn keep(

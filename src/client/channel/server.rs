@@ -1,6 +1,6 @@
 //! The server: one handler, any number of channels, each with threads of its own.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use super::ChannelError;
 use super::frame::{Frame, HandlerError};
-use super::wait::Waiter;
+use super::wait::{HOT_LOOKS, Waiter};
 use crate::duplex::{
     ChannelStatus, Claim, ErrorCode, Posts, Segment, Semaphore, Sequence, ServerCore, Side, Waiting,
 };
@@ -315,6 +315,14 @@ impl std::fmt::Debug for Channel {
     }
 }
 
+/// What one worker has at hand.
+struct Worker {
+    waiter: Waiter,
+    posts: Posts,
+    /// What its handler has at the moment.
+    claim: Option<Claim>,
+}
+
 impl Channel {
     fn end(&self) {
         self.ending.store(true, Ordering::Release);
@@ -354,33 +362,75 @@ impl Channel {
         self.finished.store(true, Ordering::Release);
     }
 
-    /// One worker: takes requests until the channel ends.
+    /// One worker: takes requests until the channel ends. A handler's panic ends the
+    /// inner loop only, so that a request that does not panic has nothing to prepare.
     fn work(&self) {
-        let core = &self.core;
-        let mut waiter = Waiter::new(core.segment(), Side::Server, self.service.options.waiting);
-        let mut posts = Posts::new();
+        let waiting = self.service.options.waiting;
+        let mut worker = Worker {
+            waiter: Waiter::new(self.core.segment(), Side::Server, waiting),
+            posts: Posts::new(),
+            claim: None,
+        };
         loop {
-            let waited = waiter.wait(
-                Semaphore::RequestReady,
-                u32::MAX,
-                None,
-                |thorough| match core.claim(&mut posts) {
-                    Some(claim) => Some(Some(claim)),
-                    None if thorough && self.is_ending() => Some(None),
-                    None => None,
-                },
-                || core.mirror(),
-            );
-            let Ok(Some(claim)) = waited else { break };
-            self.serve(claim, &mut posts);
-            while !core.is_post_due(&posts) {
-                let Some(claim) = core.claim(&mut posts) else {
+            let worked = catch_unwind(AssertUnwindSafe(|| self.take_requests(&mut worker)));
+            let Err(panic) = worked else { break };
+            let Some(claim) = worker.claim.take() else {
+                // It was no handler's.
+                self.end();
+                resume_unwind(panic);
+            };
+            let code = ErrorCode::PANIC;
+            let error = HandlerError::new(panic_text(panic.as_ref()));
+            self.fail(claim, HandlerError { code, ..error }, &mut worker.posts);
+            if self.core.is_post_due(&worker.posts) {
+                self.core.post(&mut worker.posts);
+            }
+        }
+    }
+
+    fn take_requests(&self, worker: &mut Worker) {
+        let core = &self.core;
+        let on_init = self.service.on_init.get().map(Box::as_ref);
+        let Some(handler) = self.service.handler.get() else {
+            // Nothing is served before there is one.
+            return;
+        };
+        loop {
+            let claimed = match worker.waiter.is_hot() {
+                true => core.claim_within(HOT_LOOKS, &mut worker.posts),
+                false => None,
+            };
+            let Some(claim) = claimed.or_else(|| self.wait_for_request(worker)) else {
+                return;
+            };
+            self.serve(claim, handler, on_init, worker);
+            while !core.is_post_due(&worker.posts) {
+                let Some(claim) = core.claim(&mut worker.posts) else {
                     break;
                 };
-                self.serve(claim, &mut posts);
+                self.serve(claim, handler, on_init, worker);
             }
-            core.post(&mut posts);
+            core.post(&mut worker.posts);
         }
+    }
+
+    /// The next request; none once the channel ends.
+    #[inline(never)]
+    fn wait_for_request(&self, worker: &mut Worker) -> Option<Claim> {
+        let core = &self.core;
+        let posts = &mut worker.posts;
+        let waited = worker.waiter.wait(
+            Semaphore::RequestReady,
+            u32::MAX,
+            None,
+            |thorough| match core.claim(posts) {
+                Some(claim) => Some(Some(claim)),
+                None if thorough && self.is_ending() => Some(None),
+                None => None,
+            },
+            || core.mirror(),
+        );
+        waited.ok().flatten()
     }
 
     fn is_ending(&self) -> bool {
@@ -388,39 +438,46 @@ impl Channel {
     }
 
     #[inline]
-    fn serve(&self, claim: Claim, posts: &mut Posts) {
+    fn serve(
+        &self,
+        claim: Claim,
+        (handler, trust): &(Box<Handler>, Option<PeerTrust>),
+        on_init: Option<&OnInit>,
+        worker: &mut Worker,
+    ) {
+        if claim.is_cancelled() || claim.is_malformed() {
+            self.turn_down(claim, &mut worker.posts);
+            return;
+        }
+        if let Some(on_init) = on_init {
+            self.greet(on_init);
+        }
+        self.core.begin_handler(&claim);
+        // There it is found if the handler panics.
+        let claim = worker.claim.insert(claim);
+        let mut frame = Frame::new(&self.core, claim, *trust);
+        let outcome = handler(&mut frame);
+        let len = frame.len();
+        drop(frame);
+        let Some(claim) = worker.claim.take() else {
+            return;
+        };
+        match outcome {
+            Ok(()) => self.core.respond(claim, len, &mut worker.posts),
+            Err(error) => self.fail(claim, error, &mut worker.posts),
+        }
+    }
+
+    /// Answers a request without its handler.
+    #[cold]
+    fn turn_down(&self, claim: Claim, posts: &mut Posts) {
         if claim.is_cancelled() {
             self.core.skip(claim, posts);
             return;
         }
-        if claim.is_malformed() {
-            let error = HandlerError::new("the frame's header is impossible");
-            let code = ErrorCode::MALFORMED;
-            self.fail(claim, HandlerError { code, ..error }, posts);
-            return;
-        }
-        let Some((handler, trust)) = self.service.handler.get() else {
-            self.fail(claim, HandlerError::new("no handler"), posts);
-            return;
-        };
-        if let Some(on_init) = self.service.on_init.get() {
-            self.greet(on_init);
-        }
-        self.core.begin_handler(&claim);
-        let mut frame = Frame::new(&self.core, &claim, *trust);
-        let outcome = catch_unwind(AssertUnwindSafe(|| handler(&mut frame)));
-        let len = frame.len();
-        drop(frame);
-        match outcome {
-            Ok(Ok(())) => self.core.respond(claim, len, posts),
-            Ok(Err(error)) => self.fail(claim, error, posts),
-            Err(panic) => {
-                let code = ErrorCode::PANIC;
-                let text = panic_text(panic.as_ref());
-                let error = HandlerError::new(text);
-                self.fail(claim, HandlerError { code, ..error }, posts);
-            }
-        }
+        let error = HandlerError::new("the frame's header is impossible");
+        let code = ErrorCode::MALFORMED;
+        self.fail(claim, HandlerError { code, ..error }, posts);
     }
 
     #[cold]

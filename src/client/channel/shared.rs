@@ -5,7 +5,8 @@ use std::time::{Duration, Instant};
 
 use super::ChannelError;
 use super::client::failure;
-use super::keeper::Keeper;
+use super::keeper::{Keeper, go_on};
+use super::rendezvous::deadline_in;
 use super::wait::{Ended, Waiter};
 use crate::duplex::{
     AcquireError, ClientCore, FrameBytes, FramePlace, Options, Poll, Segment, Semaphore, Sequence,
@@ -28,7 +29,7 @@ struct Inner {
     waiters: Mutex<Vec<Waiter>>,
     waiting: Waiting,
     segment: Segment,
-    _keeper: Option<Keeper>,
+    keeper: Mutex<Option<Keeper>>,
 }
 
 impl SharedDuplexClient {
@@ -46,7 +47,7 @@ impl SharedDuplexClient {
                 waiters: Mutex::default(),
                 waiting,
                 segment,
-                _keeper: keeper,
+                keeper: Mutex::new(keeper),
             }),
         }
     }
@@ -128,6 +129,7 @@ impl SharedDuplexClient {
         sequence: Sequence,
         timeout: Duration,
     ) -> Result<SharedResponse, ChannelError> {
+        let generation = self.segment().generation();
         let poll = self.core().poll(sequence);
         if poll != Poll::Pending {
             return self.outcome(sequence, poll);
@@ -146,7 +148,15 @@ impl SharedDuplexClient {
         match waited {
             Ok(()) => {}
             Err(Ended::TimedOut) => return Err(ChannelError::TimedOut),
-            Err(Ended::Gone) => self.server_is_gone(),
+            Err(Ended::Gone) => {
+                let mut core = self.core();
+                // Unless another thread has gone on to the next server meanwhile.
+                if !core.is_taking_over() && self.segment().generation() == generation {
+                    self.end_all(&mut core);
+                    drop(core);
+                    self.tell_all();
+                }
+            }
         }
         let poll = self.core().poll(sequence);
         self.outcome(sequence, poll)
@@ -180,12 +190,48 @@ impl SharedDuplexClient {
 
     /// Ends all that is in flight; see [`super::DuplexClient::server_is_gone`].
     pub fn server_is_gone(&self) {
-        let mut core = self.core();
+        self.end_all(&mut self.core());
+        self.tell_all();
+    }
+
+    fn end_all(&self, core: &mut ClientCore) {
         let lost = core.server_died();
         lock(&self.inner.lost).extend(lost);
-        drop(core);
+    }
+
+    /// Wakes all threads of this process that wait.
+    fn tell_all(&self) {
         self.segment().ring_all(Semaphore::ResponseReady);
         self.segment().ring_all(Semaphore::SpaceAvailable);
+    }
+
+    /// Goes on with the next server of the channel's name; see
+    /// [`super::DuplexClient::reconnect`]. Threads that wait for responses get
+    /// [`ChannelError::PeerDied`]; what they send until the new server has the memory is
+    /// refused as [`ChannelError::Disconnected`]. Of several threads that call this for
+    /// the same server one does it, and the others return when it is done.
+    ///
+    /// # Errors
+    /// As [`super::DuplexClient::reconnect`].
+    pub fn reconnect(&self, timeout: Duration) -> Result<(), ChannelError> {
+        let deadline = deadline_in(timeout);
+        let before = self.segment().generation();
+        let mut keeper = lock(&self.inner.keeper);
+        if self.segment().generation() != before {
+            return Ok(());
+        }
+        let begin = || {
+            let mut core = self.core();
+            core.set_taking_over(true);
+            self.end_all(&mut core);
+            drop(core);
+            self.tell_all();
+        };
+        let taken = go_on(&mut keeper, self.segment(), deadline, begin);
+        self.core().set_taking_over(false);
+        // What they have learned is of the former server.
+        lock(&self.inner.waiters).clear();
+        taken
     }
 
     fn outcome(&self, sequence: Sequence, poll: Poll) -> Result<SharedResponse, ChannelError> {

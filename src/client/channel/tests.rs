@@ -52,7 +52,7 @@ fn calls_of_every_kind_of_waiting() {
         let (client, server, handle) = pair(options);
         let rounds = if waiting == Waiting::Spin { 20 } else { 300 };
         for round in 0..rounds {
-            let request = vec![round as u8; [0, 5, 80, 81, 5000][round % 5]];
+            let request = vec![round as u8; [0, 5, 112, 113, 5000][round % 5]];
             let response = client.call(&request, PATIENCE).expect("call");
             let expected: Vec<u8> = request.iter().map(|byte| byte ^ 0xFF).collect();
             assert_eq!(response.copy_to_vec(), expected);

@@ -14,7 +14,7 @@ use crate::sys::process::{current_cpu, monotonic_ns};
 
 /// Looks before anything else where polling paid the last time, some 2 us: the answer
 /// of a busy peer comes within them.
-const HOT_LOOKS: u32 = 256;
+pub(super) const HOT_LOOKS: u32 = 256;
 /// Looks between two readings of the clock.
 const LOOKS: u32 = 32;
 
@@ -66,6 +66,12 @@ impl Waiter {
 
     pub(super) fn waiting(&self) -> Waiting {
         self.spinner.waiting()
+    }
+
+    /// Whether polling paid the last time.
+    #[inline]
+    pub(super) fn is_hot(&self) -> bool {
+        self.is_hot
     }
 
     /// Waits until `ready` answers something; it is asked with `true` where a look
