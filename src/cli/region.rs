@@ -85,17 +85,7 @@ pub(super) fn run(command: RegionCommand, node: &NodeAt) -> anyhow::Result<()> {
             shared,
             report,
         } => track(report, node, &name, &file, size, shared),
-        RegionCommand::Cut { name, report } => {
-            let mut node = Node::connect(node.path())?;
-            let epoch = node
-                .cut(name.as_str())
-                .with_context(|| format!("making a cut of region {name}"))?;
-            say(
-                report,
-                &json!({ "region": name, "epoch": epoch }),
-                format_args!("epoch {epoch}"),
-            )
-        }
+        RegionCommand::Cut { name, report } => cut(report, node, &name),
         RegionCommand::Remove { name, report } => {
             let mut node = Node::connect(node.path())?;
             node.remove(name.as_str())
@@ -141,6 +131,18 @@ fn create(
         (Some(why), Some(_)) => note(report, format_args!("no mode is needed: {why}")),
         _ => Ok(()),
     }
+}
+
+fn cut(report: Report, node: &NodeAt, name: &RegionName) -> anyhow::Result<()> {
+    let mut node = Node::connect(node.path())?;
+    let epoch = node
+        .cut(name.as_str())
+        .with_context(|| format!("making a cut of region {name}"))?;
+    say(
+        report,
+        &json!({ "region": name, "epoch": epoch }),
+        format_args!("epoch {epoch}"),
+    )
 }
 
 fn create_cooperative(

@@ -2,7 +2,8 @@
 //! variable hears its changes in the same place of the same order.
 //!
 //! The example of three processes that subscribe to overlapping sets, line by line; a test
-//! runs it and compares what it prints:
+//! runs all three and compares what their callbacks print, and `uffd-sync var demo` does it
+//! with processes of their own:
 //!
 //! ```no_run
 //! # use std::time::Duration;

@@ -158,7 +158,7 @@ impl Engine {
         let Some(number) = self.idle.number_before(pid, began) else {
             return;
         };
-        let pause = Duration::from_micros(tracked.interval.bounds().1);
+        let pause = Duration::from_micros(tracked.interval.idle_us());
         tracked.sleep.since = Some((number, self.now));
         tracked.due = None;
         if !std::mem::replace(&mut tracked.sleep.listed, true)

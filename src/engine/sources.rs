@@ -27,7 +27,7 @@ use crate::sys::process::realtime_ns;
 use crate::sys::ring::Op;
 use crate::sys::{SysError, memfd};
 use crate::track::{Attachment, ExtentSet, Interval, Source, Tracker, Twin, WhenFull};
-use crate::units::{PAGE_SIZE, page_of};
+use crate::units::{PAGE_SIZE, page_of, pages_for};
 use crate::wire::control::{HandOver, RefusalCode, Response};
 use crate::words::{EpochKind, Generation, LossKind, Mode, Publish, RegionName, WriteKind};
 
@@ -35,13 +35,7 @@ impl Engine {
     /// Takes over the tracking of a writer's region.
     pub(super) fn hand_over(&mut self, offer: HandOver, mut call: Call) -> Result<Reply, Refusal> {
         let name = parse_name(&offer.name)?;
-        let max_size = offer.max_size.unwrap_or(offer.size);
-        check_sizes(offer.size, max_size)?;
-        if offer.kind == WriteKind::Cooperative && max_size != offer.size {
-            return Err(Refusal::invalid(
-                "a cooperative region does not grow; leave max_size out",
-            ));
-        }
+        let max_size = checked_max_size(&offer)?;
         let fds = std::mem::take(&mut call.fds);
         if let Some(key) = self.crew_of(&name, &offer, &fds, &call)? {
             let parts = Parts::take(&offer, fds)?;
@@ -130,6 +124,9 @@ impl Engine {
         tracker.set_hot_after(self.settings.tunables.hot_after);
         if memfd::page_bytes(&data).is_ok_and(|bytes| bytes > PAGE_SIZE) {
             tracker.set_huge();
+        }
+        if let Tracker::Sync { board, .. } = &tracker {
+            board.set_present(pages_for(offer.size));
         }
         let memory = SharedMemory::new(memory);
         let faults = self.start_faults(&mut tracker, &memory, offer.kind)?;
@@ -584,14 +581,12 @@ impl Engine {
                 .publication
                 .captured(info, &captured.extents, &tracked.twin);
         }
-        let idle = captured.dirty_pages == 0;
         let stretch = self.idle.stretch();
         tracked.schedule(cost, captured.dirty_pages, stretch, Instant::now());
         let interval_us = tracked.interval.current();
-        entry
-            .control
-            .set_stats(&entry.statistics.shared(interval_us));
-        if idle && !by_commit {
+        let statistics = entry.statistics.shared(interval_us);
+        entry.control.set_stats(&statistics);
+        if captured.dirty_pages == 0 && !by_commit {
             self.idle.found_nothing(cost);
             self.rest(key, began);
         }
@@ -786,4 +781,16 @@ pub(super) fn save_pages(pre: &mut crate::track::PreImages, content: &[u8], rang
         // Writes that are answered never wait: the slowest update starts again instead.
         let _ = pre.before_change(page, &content[start..end], WhenFull::Abort);
     }
+}
+
+/// The greatest size that an offered region has.
+fn checked_max_size(offer: &HandOver) -> Result<u64, Refusal> {
+    let max_size = offer.max_size.unwrap_or(offer.size);
+    check_sizes(offer.size, max_size)?;
+    if offer.kind == WriteKind::Cooperative && max_size != offer.size {
+        return Err(Refusal::invalid(
+            "a cooperative region does not grow; leave max_size out",
+        ));
+    }
+    Ok(max_size)
 }

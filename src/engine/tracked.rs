@@ -38,7 +38,7 @@ use crate::sys::process::{EventFd, realtime_ns};
 use crate::track::{
     Capture, Captured, ExtentSet, Interval, PreImages, Source, Step, Tracker, Twin, WhenFull,
 };
-use crate::units::PAGE_SIZE;
+use crate::units::{PAGE_SIZE, pages_for};
 use crate::words::{EpochKind, Mode, Publish};
 use exact::Asked;
 
@@ -207,6 +207,9 @@ impl Tracked {
             );
             self.unfounded = claimed;
             return None;
+        }
+        if let Tracker::Sync { board, .. } = &self.tracker {
+            board.set_present(pages_for(claimed));
         }
         self.twin.grow(claimed);
         self.grown = true;

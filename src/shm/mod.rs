@@ -35,6 +35,7 @@ pub use lines::{KeptLine, Line, Lines, high_half};
 pub use memory::{SharedMemory, WriteError};
 #[cfg(not(loom))]
 pub use owned::OwnedMemory;
+#[cfg(not(loom))]
 pub(crate) use owned::{FIRST_SEALS, LAST_SEALS};
 #[cfg(not(loom))]
 pub use page::{Ahead, BLOCK};

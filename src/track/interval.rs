@@ -56,7 +56,12 @@ impl Interval {
 
     /// Whether it has found nothing for so long that it does not grow any more.
     pub fn is_longest(&self) -> bool {
-        self.current_us >= IDLE_MAX_US.clamp(self.min_us, self.max_us)
+        self.current_us >= self.idle_us()
+    }
+
+    /// The pause where nothing is found, unstretched, in microseconds.
+    pub fn idle_us(&self) -> u64 {
+        IDLE_MAX_US.clamp(self.min_us, self.max_us)
     }
 
     /// The pause as last computed, in microseconds.

@@ -82,16 +82,7 @@ impl Capture {
         let is_over = reached >= limit;
         // A process that has exited may scan as clean.
         let is_gone = is_over && attachment.has_exited();
-        let mut found = 0;
-        for index in 0..self.scratch.len() {
-            let range = self.scratch[index].clone();
-            let (start, stop) = (range.start, range.end.min(size));
-            if start < stop {
-                advise_huge(turn, &mut self.data, start..stop)?;
-                found += pages_for(stop - start);
-                self.work.push_back(start..stop);
-            }
-        }
+        let found = self.take_found(turn)?;
         let scanned = pages_for(reached - at);
         self.scanned_pages += scanned;
         let cost = scanned / SCANNED_PER_PAGE + found / PROTECTED_PER_PAGE + calls;
@@ -117,6 +108,24 @@ impl Capture {
             };
         }
         Ok(())
+    }
+}
+
+impl Capture {
+    /// Puts what a scan reported on the work list, and says how many pages that is.
+    fn take_found(&mut self, turn: &mut Turn<'_>) -> Result<u64, Stop> {
+        let size = turn.twin.size();
+        let mut found = 0;
+        for index in 0..self.scratch.len() {
+            let range = self.scratch[index].clone();
+            let (start, stop) = (range.start, range.end.min(size));
+            if start < stop {
+                advise_huge(turn, &mut self.data, start..stop)?;
+                found += pages_for(stop - start);
+                self.work.push_back(start..stop);
+            }
+        }
+        Ok(found)
     }
 }
 

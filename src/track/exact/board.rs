@@ -65,6 +65,8 @@ pub struct ExactStats {
 #[derive(Debug)]
 pub struct Board {
     pages: u64,
+    /// Pages of them that have memory.
+    present: AtomicU64,
     words: Vec<PageWord>,
     pool: SharedMemory,
     slots: u32,
@@ -117,6 +119,7 @@ impl Board {
         let pool = Mapping::shared(&fd, bytes, Access::ReadWrite).map_err(open)?;
         Ok(Self {
             pages,
+            present: AtomicU64::new(pages),
             words: PageWord::new_vec_zeroed(pages as usize).map_err(|_| TrackError::Memory)?,
             pool: SharedMemory::new(pool),
             slots,
@@ -133,9 +136,22 @@ impl Board {
         })
     }
 
-    /// Pages of the region.
+    /// Pages of the region, those that it may grow to included.
     pub fn pages(&self) -> u64 {
         self.pages
+    }
+
+    /// Pages that its memory is known to have: all, unless it was told otherwise. Those
+    /// behind them are not looked at before a store to them was seen.
+    pub fn present(&self) -> u64 {
+        // SYNC(present): pairs with Board::set_present.
+        self.present.load(Ordering::Acquire)
+    }
+
+    /// The memory was found to have its first `pages`.
+    pub fn set_present(&self, pages: u64) {
+        // SYNC(present): the memory was seen to have them; pairs with Board::present.
+        self.present.store(pages.min(self.pages), Ordering::Release);
     }
 
     /// Slots of the pool.

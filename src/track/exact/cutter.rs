@@ -238,7 +238,8 @@ impl Cutter {
         };
         let mut end = page + 1;
         if !self.arming && !self.board.is_walking() {
-            let limit = (page + self.attachments[attachment].window).min(self.board.pages());
+            // Behind what is present there may be no memory to save.
+            let limit = (page + self.attachments[attachment].window).min(self.board.present());
             while end < limit
                 && !self.attachments[attachment].open.contains(end)
                 && self.keep(ground, end)

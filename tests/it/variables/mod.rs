@@ -2,6 +2,7 @@
 //! cut off and stopped, a peer that lost its memory, hostile peers.
 
 mod etcd;
+mod example;
 mod hostile;
 #[path = "../../ordered/linear.rs"]
 mod linear;

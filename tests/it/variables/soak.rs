@@ -79,8 +79,9 @@ fn soak(order: &str, operations: u64) {
     let mut round = 0;
     while !parties.iter().all(Party::is_idle) {
         assert!(Instant::now() < deadline, "not done within {patience:?}");
-        // The pace of the faults, not a wait for something.
-        std::thread::sleep(Duration::from_millis(40));
+        // The pace of the faults, not a wait for something: a link that was cut takes some
+        // 50 ms to come back, and a million operations have to get by in between.
+        std::thread::sleep(Duration::from_millis(if long() { 500 } else { 40 }));
         round += 1;
         relays[round % 2].cut();
         if round % 10 == 0 {

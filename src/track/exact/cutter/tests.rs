@@ -538,6 +538,29 @@ fn pages_opened_in_order_come_in_growing_windows() {
     assert_eq!(board.stats().dirty_pages, 200);
 }
 
+/// A region that may grow is armed up to its greatest size, and to look at a page without
+/// memory ends the process.
+#[test]
+fn no_window_is_opened_over_pages_without_memory() {
+    let board = Arc::new(Board::with_slots(200 * 4096, 8).expect("a board"));
+    board.set_present(50);
+    let mut cutter = Cutter::new(Arc::clone(&board), 1).expect("a cutter");
+    cutter.cut(&mut Still, true).expect("never fails");
+    board.finish(1);
+    for page in 0..50 {
+        if !cutter.attachments[0].open.contains(page) {
+            cutter.fault(&mut Still, 0, page).expect("never fails");
+        }
+    }
+    assert!(!cutter.attachments[0].open.contains(50));
+    // A store that was seen shows that there is memory, for that page alone.
+    cutter.fault(&mut Still, 0, 50).expect("never fails");
+    assert!(!cutter.attachments[0].open.contains(51));
+    board.set_present(200);
+    cutter.fault(&mut Still, 0, 51).expect("never fails");
+    assert!(cutter.attachments[0].open.contains(52));
+}
+
 #[test]
 fn hot_pages_are_counted_and_cool_down() {
     let board = Arc::new(Board::with_slots(200 * 4096, 8).expect("a board"));
