@@ -171,7 +171,7 @@ limits! {
     /// Shortest pause between two timer captures of a region (default of the configuration).
     INTERVAL_MIN_US = 1_000, Micros;
     /// Longest pause between two timer captures of a region (default of the configuration); the staleness limit, reached where captures are costly.
-    INTERVAL_MAX_US = 100_000, Micros;
+    INTERVAL_MAX_US = 20_000, Micros;
     /// Longest pause between two timer captures of a region in which nothing is stored; what is stored first waits that long.
     IDLE_MAX_US = 20_000, Micros;
     /// Time within which marked bytes are shipped without a commit (default of the configuration).

@@ -8,7 +8,7 @@
 //! metrics = "127.0.0.1:9411"           # default: none
 //! follow = ["tcp://10.0.0.7:7411/prices=prices-copy"]
 //! interval_min_us = 1000
-//! interval_max_us = 100000
+//! interval_max_us = 20000
 //! mark_max_delay_us = 5000
 //! audit_period_ms = 60000
 //! hot_after = 2
