@@ -75,6 +75,11 @@ impl ClientCore {
         self.taking_over
     }
 
+    /// Whether what was in flight was ended, and no new server has come since.
+    pub fn is_orphan(&self) -> bool {
+        self.orphan_of != 0 && self.segment.generation() == self.orphan_of
+    }
+
     /// The server died: every request in flight ends as cancelled. Answers each one's
     /// sequence, and whether its bytes may have been changed. What was finished before
     /// can still be read.

@@ -349,11 +349,20 @@ impl Segment {
         }
     }
 
+    /// The thread that holds the liveness word of `side`; 0 = none.
+    pub fn holder(&self, side: Side) -> u32 {
+        self.lifeline_word(side).load(Ordering::Relaxed) & futex::TID_MASK
+    }
+
     /// Says that `side` died, for who knows it otherwise than by its word: its
-    /// connection has ended. Nothing changes where nobody holds the word.
-    pub fn mark_died(&self, side: Side) {
+    /// connection has ended. Nothing changes where `holder` is not who holds the word:
+    /// another one came meanwhile.
+    pub fn mark_died(&self, side: Side, holder: u32) {
         let word = self.lifeline_word(side);
-        let died = |found| futex::is_held(found).then_some(futex::OWNER_DIED | futex::WAITERS);
+        let died = |found| {
+            let its_own = futex::is_held(found) && found & futex::TID_MASK == holder;
+            its_own.then_some(futex::OWNER_DIED | futex::WAITERS)
+        };
         // SYNC(lifeline): in the place of the kernel; pairs with the loads of those who
         // ask whether it is held.
         let marked = word.fetch_update(Ordering::AcqRel, Ordering::Acquire, died);

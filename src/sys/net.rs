@@ -290,6 +290,16 @@ pub fn shutdown(fd: impl AsFd) -> Result<(), SysError> {
         .map_err(|e| SysError::new("shutdown", e))
 }
 
+/// Says that nothing more comes from this end: the other one reads the end of the
+/// connection, and this one learns when the other closes it.
+///
+/// # Errors
+/// `ENOTCONN` if it is not connected.
+pub fn end_sending(fd: impl AsFd) -> Result<(), SysError> {
+    nix::sys::socket::shutdown(fd.as_fd().as_raw_fd(), Shutdown::Write)
+        .map_err(|e| SysError::new("shutdown", e))
+}
+
 /// Who is at the other end of a Unix socket.
 ///
 /// # Errors

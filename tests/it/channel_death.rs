@@ -278,6 +278,67 @@ fn threads_of_one_client_go_on_with_the_next_server_together() {
 }
 
 #[test]
+fn a_thread_that_reconnects_late_ends_nothing_of_the_others() {
+    let folder = folder();
+    let first = Peer::server(folder.path(), "a", false);
+    let client = join(folder.path(), "a").expect("a client").into_shared();
+    first.kill();
+    let _next = Peer::server(folder.path(), "a", false);
+    let lost = client.call(&request(ask::UPPER, 16), PATIENCE).map(drop);
+    assert!(lost.is_err(), "its server was killed");
+    client.reconnect(PATIENCE).expect("the next server");
+    let generation = client.segment().generation();
+    let mut slow = request(ask::SLEEP, 16);
+    slow[1] = 100;
+    let sent = client.send_request(&slow, PATIENCE).expect("sent");
+    client.reconnect(PATIENCE).expect("it is there");
+    assert_eq!(client.segment().generation(), generation);
+    let answer = client.receive_for(sent, PATIENCE).expect("an answer");
+    assert_eq!(answer.len(), 16);
+    drop(answer);
+    // Who wants another one than this says so.
+    client.server_is_gone();
+    client.reconnect(PATIENCE).expect("the same program again");
+    assert!(client.segment().generation() > generation);
+    client
+        .call(&request(ask::UPPER, 16), PATIENCE)
+        .expect("an answer");
+}
+
+#[test]
+fn memory_is_handed_over_only_when_its_server_has_left_it() {
+    let folder = folder();
+    let server = Peer::server(folder.path(), "a", false);
+    let mut client = join(folder.path(), "a").expect("a client");
+    works(&client, 16);
+    server.stop();
+    let sent = client.send_request(&request(ask::UPPER, 16)).expect("sent");
+    let late = client.reconnect(Duration::from_millis(100));
+    assert!(matches!(late, Err(ChannelError::TimedOut)), "{late:?}");
+    assert_eq!(client.segment().generation(), 1);
+    server.signal(Signal::SIGCONT);
+    client.reconnect(PATIENCE).expect("it left the memory");
+    assert_eq!(client.segment().generation(), 2);
+    // It may have been answered on the way out.
+    if let Err(error) = client.receive_for(sent, PATIENCE).map(drop) {
+        assert!(matches!(error, ChannelError::PeerDied { .. }), "{error:?}");
+    }
+    works(&client, 16);
+
+    // A handler that runs ends first.
+    let mut slow = request(ask::SLEEP, 16);
+    slow[1] = 250;
+    client.send_request(&slow).expect("sent");
+    await_that("a busy server", || {
+        client.segment().status().expect("a status").requests_read > 0
+    });
+    let begun = Instant::now();
+    client.reconnect(PATIENCE).expect("it left the memory");
+    assert!(begun.elapsed() > Duration::from_millis(100), "{begun:?}");
+    works(&client, 5000);
+}
+
+#[test]
 fn all_that_was_under_way_ends_once_each() {
     let folder = folder();
     let server = Peer::server(folder.path(), "a", false);

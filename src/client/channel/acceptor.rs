@@ -67,7 +67,7 @@ pub(super) struct Joined<C> {
 
 /// What stands behind an acceptor: a server that is asked, in the acceptor's thread.
 pub(super) trait Host: Send + 'static {
-    /// What it keeps for one client; dropped when the connection ends.
+    /// What it keeps for one client; handed to [`Host::leave`] when the connection ends.
     type Client: Send;
 
     /// What is compared with each hello.
@@ -85,6 +85,9 @@ pub(super) trait Host: Send + 'static {
     ) -> Result<Joined<Self::Client>, Refusal>;
     /// Whether a client's channel has come to an end although its connection has not.
     fn has_ended(&self, client: &Self::Client) -> bool;
+    /// The client hung up, or the server stops. Closing `socket` tells the client that
+    /// nobody uses its channel's memory here any more.
+    fn leave(&self, client: Self::Client, socket: OwnedFd);
     /// The state of the server and of its `clients` as JSON, at most
     /// `MAX_CHANNEL_STATUS` bytes.
     fn status(&self, clients: &mut dyn Iterator<Item = &Self::Client>) -> Vec<u8>;
@@ -215,7 +218,6 @@ impl Drop for Acceptor {
 
 /// A connection between its accept and its end.
 struct Connection<C> {
-    /// In front of the socket, so that a client's channel ends before its connection.
     stage: Stage<C>,
     socket: OwnedFd,
     peer: PeerCredentials,
@@ -268,12 +270,22 @@ impl<H: Host> Loop<H> {
             // From the last to the first, so that one that ends moves none not yet seen.
             for at in (0..self.connections.len()).rev() {
                 if matches!(self.look_at(at, ready[at]), Next::Ends) {
-                    self.connections.swap_remove(at);
+                    let ended = self.connections.swap_remove(at);
+                    self.end(ended);
                 }
             }
             if may_accept {
                 self.accept();
             }
+        }
+        for connection in std::mem::take(&mut self.connections) {
+            self.end(connection);
+        }
+    }
+
+    fn end(&self, connection: Connection<H::Client>) {
+        if let Stage::Live(client) = connection.stage {
+            self.host.leave(client, connection.socket);
         }
     }
 

@@ -111,6 +111,8 @@ impl Host for TestHost {
         client.ended.load(Ordering::Acquire)
     }
 
+    fn leave(&self, _: Client, _: OwnedFd) {}
+
     fn status(&self, clients: &mut dyn Iterator<Item = &Client>) -> Vec<u8> {
         let mut body = vec![b' '; self.status_bytes];
         body[0] = b'0' + clients.count() as u8;

@@ -123,6 +123,8 @@ impl Host for TwoBuffers {
         true
     }
 
+    fn leave(&self, (): (), _: std::os::fd::OwnedFd) {}
+
     fn status(&self, _: &mut dyn Iterator<Item = &()>) -> Vec<u8> {
         let status = ServerStatus {
             name: self.0.to_string(),

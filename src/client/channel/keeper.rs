@@ -124,6 +124,8 @@ fn keep(
             return;
         }
     };
+    // Welcomed by it: it holds its word.
+    let server = segment.holder(Side::Server);
     let _ = held.send(Ok(()));
     if let Some(connection) = connection {
         let watched = [bell.as_fd(), connection.as_fd()];
@@ -131,7 +133,7 @@ fn keep(
         if looked.is_err() || bell.drain() > 0 {
             return;
         }
-        segment.mark_died(Side::Server);
+        segment.mark_died(Side::Server, server);
     }
     // Refused only for want of kernel memory: the word is given back early then.
     let _ = wait_readable(&[bell.as_fd()], None);

@@ -119,11 +119,12 @@ impl Link {
         self.connection.as_ref().map(AsFd::as_fd)
     }
 
-    /// Ends the connection, whoever has a copy of it.
+    /// Ends the connection for the server. Who watches a copy of it sees when the server
+    /// has ended it too, and not before.
     pub(super) fn hang_up(&mut self) {
         if let Some(connection) = self.connection.take() {
             // Refused only where it has ended already.
-            let _ = net::shutdown(&connection);
+            let _ = net::end_sending(&connection);
         }
     }
 }

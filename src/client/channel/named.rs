@@ -21,6 +21,7 @@ use std::time::{Duration, Instant};
 
 use super::acceptor::{Acceptor, Bell, HalfOpen, Host, Joined, resources};
 use super::report::{ClientStatus, ServerStatus};
+use super::server::Served;
 use super::{
     ChannelError, ChannelHandle, Frame, HandlerError, HandlerFailure, InPlaceDuplexServer,
     ServerOptions,
@@ -60,14 +61,14 @@ struct Registry {
     features: Features,
     name: ChannelName,
     description: Mutex<String>,
-    served: Mutex<Served>,
+    served: Mutex<Clients>,
 }
 
 #[derive(Debug, Default)]
-struct Served {
+struct Clients {
     total: u64,
     connected: usize,
-    channels: Vec<(u64, ChannelHandle)>,
+    channels: Vec<ChannelHandle>,
 }
 
 impl NamedServer {
@@ -168,8 +169,8 @@ impl NamedServer {
     /// The memory of each client's channel that is served.
     pub fn segments(&self) -> Vec<Segment> {
         let served = lock(&self.registry.served);
-        let running = served.channels.iter().filter(|(_, c)| !c.is_finished());
-        running.map(|(_, c)| c.segment().clone()).collect()
+        let running = served.channels.iter().filter(|c| !c.is_finished());
+        running.map(|c| c.segment().clone()).collect()
     }
 
     /// The server and its clients, as others see it too.
@@ -201,7 +202,7 @@ impl Registry {
         let patience = Duration::from_millis(limits::DRAIN_DEADLINE_MS);
         let deadline = Instant::now() + patience + self.server.options().drain;
         let channels = std::mem::take(&mut lock(&self.served).channels);
-        for (_, channel) in channels {
+        for channel in channels {
             while !channel.is_finished() && Instant::now() < deadline {
                 std::thread::sleep(LOOK);
             }
@@ -227,20 +228,17 @@ impl Registry {
             }
             _ => Refusal::Memory,
         })?;
+        let channel = handle.served();
         let mut served = lock(&self.served);
-        served
-            .channels
-            .retain(|(_, channel)| !channel.is_finished());
+        served.channels.retain(|channel| !channel.is_finished());
         served.total += 1;
         served.connected += 1;
-        let id = served.total;
-        served.channels.push((id, handle));
+        served.channels.push(handle);
         drop(served);
         Ok(Client {
             registry: Arc::clone(self),
-            id,
             pid: peer.pid,
-            segment: segment.clone(),
+            served: channel,
         })
     }
 
@@ -265,21 +263,15 @@ impl Registry {
 /// A client as long as its connection lives; its channel ends with it.
 struct Client {
     registry: Arc<Registry>,
-    id: u64,
     pid: i32,
-    segment: Segment,
+    served: Served,
 }
 
 impl Client {
-    fn is_served(&self) -> bool {
-        let served = lock(&self.registry.served);
-        let own = |(id, channel): &(u64, ChannelHandle)| *id == self.id && !channel.is_finished();
-        served.channels.iter().any(own)
-    }
-
     fn status(&self) -> Option<ClientStatus> {
-        self.segment.mirror(Side::Server);
-        let status = self.segment.status().ok()?;
+        let segment = self.served.segment();
+        segment.mirror(Side::Server);
+        let status = segment.status().ok()?;
         Some(ClientStatus {
             pid: self.pid,
             id: status.id.to_string(),
@@ -299,13 +291,9 @@ impl Client {
 impl Drop for Client {
     fn drop(&mut self) {
         // Its liveness word may never have been held: the connection's end counts as well.
-        self.segment.mark_died(Side::Client);
-        let mut served = lock(&self.registry.served);
-        served.connected -= 1;
         // Not joined: its handler may run for long. It is forgotten when it has ended.
-        if let Some((_, channel)) = served.channels.iter().find(|(id, _)| *id == self.id) {
-            channel.stop();
-        }
+        self.served.client_left();
+        lock(&self.registry.served).connected -= 1;
     }
 }
 
@@ -382,7 +370,11 @@ impl Host for ChannelHost {
     }
 
     fn has_ended(&self, client: &Client) -> bool {
-        !client.is_served()
+        client.served.is_finished()
+    }
+
+    fn leave(&self, client: Client, socket: OwnedFd) {
+        client.served.close_at_end(socket);
     }
 
     fn status(&self, clients: &mut dyn Iterator<Item = &Client>) -> Vec<u8> {

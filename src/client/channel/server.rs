@@ -1,5 +1,6 @@
 //! The server: one handler, any number of channels, each with threads of its own.
 
+use std::os::fd::OwnedFd;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{SyncSender, sync_channel};
@@ -217,6 +218,7 @@ impl InPlaceDuplexServer {
             service: service.clone(),
             ending: AtomicBool::new(false),
             finished: AtomicBool::new(false),
+            socket: Mutex::default(),
             greeted: AtomicBool::new(false),
         });
         {
@@ -289,6 +291,11 @@ impl ChannelHandle {
         self.channel.end();
     }
 
+    /// The same channel, for who does not wait for its end.
+    pub(super) fn served(&self) -> Served {
+        Served(self.channel.clone())
+    }
+
     /// Waits until its workers have ended.
     pub fn join(mut self) {
         if let Some(thread) = self.thread.take() {
@@ -298,11 +305,42 @@ impl ChannelHandle {
     }
 }
 
+/// A channel that is being served, to be told that its client is gone.
+#[derive(Clone, Debug)]
+pub(super) struct Served(Arc<Channel>);
+
+impl Served {
+    pub(super) fn segment(&self) -> &Segment {
+        self.0.core.segment()
+    }
+
+    pub(super) fn is_finished(&self) -> bool {
+        self.0.finished.load(Ordering::Acquire)
+    }
+
+    /// The client is gone, whatever its liveness word says, which stays as it is: it may
+    /// go to another server with the memory.
+    pub(super) fn client_left(&self) {
+        self.segment().set_lost(Side::Client, true);
+        self.0.end();
+    }
+
+    /// Closes `socket` when the workers have ended, or now if they have.
+    pub(super) fn close_at_end(&self, socket: OwnedFd) {
+        let mut kept = lock(&self.0.socket);
+        if !self.is_finished() {
+            *kept = Some(socket);
+        }
+    }
+}
+
 struct Channel {
     core: ServerCore,
     service: Arc<Service>,
     ending: AtomicBool,
     finished: AtomicBool,
+    /// Closed when nobody uses the memory any more.
+    socket: Mutex<Option<OwnedFd>>,
     /// The client's metadata was told.
     greeted: AtomicBool,
 }
@@ -360,6 +398,8 @@ impl Channel {
             }
         }
         self.finished.store(true, Ordering::Release);
+        // Whoever comes with one from now on finds it finished.
+        drop(lock(&self.socket).take());
     }
 
     /// One worker: takes requests until the channel ends. A handler's panic ends the

@@ -9,8 +9,8 @@ use super::keeper::{Keeper, go_on};
 use super::rendezvous::deadline_in;
 use super::wait::{Ended, Waiter};
 use crate::duplex::{
-    AcquireError, ClientCore, FrameBytes, FramePlace, Options, Poll, Segment, Semaphore, Sequence,
-    Side, Waiting,
+    AcquireError, ClientCore, FrameBytes, FramePlace, Options, Poll, Presence, Segment, Semaphore,
+    Sequence, Side, Waiting,
 };
 
 /// A client of an in-place channel for several threads: clones are the same client.
@@ -209,15 +209,18 @@ impl SharedDuplexClient {
     /// [`super::DuplexClient::reconnect`]. Threads that wait for responses get
     /// [`ChannelError::PeerDied`]; what they send until the new server has the memory is
     /// refused as [`ChannelError::Disconnected`]. Of several threads that call this for
-    /// the same server one does it, and the others return when it is done.
+    /// the same server one does it, and the others return when it is done, however late
+    /// they come: nothing happens while the server is there. To leave one that is, say
+    /// [`SharedDuplexClient::server_is_gone`] first.
     ///
     /// # Errors
     /// As [`super::DuplexClient::reconnect`].
     pub fn reconnect(&self, timeout: Duration) -> Result<(), ChannelError> {
         let deadline = deadline_in(timeout);
-        let before = self.segment().generation();
         let mut keeper = lock(&self.inner.keeper);
-        if self.segment().generation() != before {
+        let is_there = self.segment().presence(Side::Server) == Presence::Alive;
+        // Else another thread's requests to the next server would be ended.
+        if is_there && !self.core().is_orphan() {
             return Ok(());
         }
         let begin = || {
