@@ -12,7 +12,7 @@ use uffd_sync::sys::process::pin_to_cpu;
 use uffd_sync::units::{GIB, MIB};
 use uffd_sync::words::Mode;
 
-use crate::chain::Chain;
+use crate::chain::{Chain, Means};
 use crate::harness::{BareScan, Goal, Latencies, Options, Outcome, Rounds};
 use crate::nodes::{PATIENCE, Pair, span_of};
 use crate::watch::{Watcher, store};
@@ -25,6 +25,8 @@ const ASYNC_TWO_CORES: &str = "commit-async/two-cores";
 pub(crate) const CASES_FREE: &[&str] = &[MANUAL_FREE, ASYNC_FREE];
 pub(crate) const CASES_TWO_CORES: &[&str] = &[MANUAL_TWO_CORES, ASYNC_TWO_CORES];
 
+/// The variant that scans.
+const SCAN: usize = 4;
 const BASELINE: &str = "bare doorbell, 60 bytes of TCP, futex";
 
 struct Subject {
@@ -32,11 +34,13 @@ struct Subject {
     manual: (Writer, Watcher),
     asynchronous: (Writer, Watcher),
     chain: Chain,
+    /// The same with both nodes on an io_uring: what of the ratio is theirs.
+    ring_chain: Chain,
     scan: BareScan,
     /// Values of one round, and the next value of each chain.
     count: u64,
-    next: [u64; 3],
-    latencies: [Latencies; 3],
+    next: [u64; 4],
+    latencies: [Latencies; 4],
     /// Of the calls alone: until `commit()` returned to the writer.
     returned: [Latencies; 2],
 }
@@ -54,18 +58,24 @@ impl Subject {
             manual: region("manual", Mode::Manual)?,
             asynchronous: region("async", Mode::Async)?,
             pair,
-            chain: Chain::start(cores)?,
+            chain: Chain::start(cores, Means::Calls)?,
+            ring_chain: Chain::start(cores, Means::Ring)?,
             scan: BareScan::new(512)?,
             count: options.pick(100, 500),
-            next: [1; 3],
-            latencies: [Latencies::new()?, Latencies::new()?, Latencies::new()?],
+            next: [1; 4],
+            latencies: [
+                Latencies::new()?,
+                Latencies::new()?,
+                Latencies::new()?,
+                Latencies::new()?,
+            ],
             returned: [Latencies::new()?, Latencies::new()?],
         })
     }
 
     /// One round of one variant: its median in microseconds.
     fn measure(&mut self, variant: usize, round: usize) -> anyhow::Result<f64> {
-        if variant == 3 {
+        if variant == SCAN {
             return self.bare_scan();
         }
         let series = (self.next[variant], self.count);
@@ -73,7 +83,8 @@ impl Subject {
         let latencies = match variant {
             0 => commits(&mut self.manual, series, &mut self.returned[0])?,
             1 => commits(&mut self.asynchronous, series, &mut self.returned[1])?,
-            _ => self.chain.time(series.0, series.1)?,
+            2 => self.chain.time(series.0, series.1)?,
+            _ => self.ring_chain.time(series.0, series.1)?,
         };
         if round > 0 {
             self.latencies[variant].add(&latencies)?;
@@ -113,7 +124,7 @@ fn commits(
 
 pub(crate) fn run_free(options: &Options) -> anyhow::Result<Vec<Outcome>> {
     let mut subject = Subject::new(options, [None; 2])?;
-    let rounds = Rounds::run(options, 4, |variant, round| subject.measure(variant, round))?;
+    let rounds = Rounds::run(options, 5, |variant, round| subject.measure(variant, round))?;
     report(subject, &rounds, [MANUAL_FREE, ASYNC_FREE])
 }
 
@@ -123,7 +134,7 @@ pub(crate) fn run_two_cores(options: &Options) -> anyhow::Result<Vec<Outcome>> {
     let rounds = std::thread::scope(|scope| {
         let pinned = scope.spawn(|| {
             pin_to_cpu(0)?;
-            Rounds::run_over_two_cores(options, 4, |variant, round| subject.measure(variant, round))
+            Rounds::run_over_two_cores(options, 5, |variant, round| subject.measure(variant, round))
         });
         pinned
             .join()
@@ -147,8 +158,9 @@ fn report(
     } = subject;
     pair.verify("manual", &manual.0)?;
     pair.verify("async", &asynchronous.0)?;
-    let [manual_us, async_us, bare_us, scan_us] = [0, 1, 2, 3].map(|variant| rounds.of(variant));
-    let [of_manual, of_async, of_bare] = &latencies;
+    let [manual_us, async_us, bare_us, ring_us, scan_us] =
+        [0, 1, 2, 3, SCAN].map(|variant| rounds.of(variant));
+    let [of_manual, of_async, of_bare, of_ring] = &latencies;
     let baseline = (BASELINE, bare_us);
     let allowed = 1.5 + 1.2 * scan_us / bare_us;
     let scanned = asynchronous.0.size() / MIB;
@@ -157,7 +169,12 @@ fn report(
             .goal(Goal::AtMost(1.5))
             .latency("manual", of_manual)
             .latency("commit() returned", &returned[0])
-            .latency("bare", of_bare),
+            .latency("bare", of_bare)
+            .latency("bare, io_uring", of_ring)
+            .note(format!(
+                "the bare chain with both nodes on an io_uring: {ring_us:.1} us; against it {:.2}x",
+                manual_us / ring_us
+            )),
         Outcome::times(async_case, "us", async_us, baseline)
             .goal(Goal::AtMost(allowed))
             .latency("async", of_async)
