@@ -355,6 +355,18 @@ impl<R: Rules> Process<R> {
         self.last
     }
 
+    /// How far it is in the order, to be compared by [`merge_states`](super::merge_states):
+    /// the last delivered key, or the place before all keys of this session where it began
+    /// from known values; none where it knows of nothing. Its clock would not do, which
+    /// operations raise long before they are delivered.
+    pub fn progress(&self) -> Option<OrderKey> {
+        let began = (self.start.time > 0).then(|| OrderKey {
+            time: self.start.time,
+            id: OperationId::default(),
+        });
+        self.last.or(began)
+    }
+
     /// Why nothing is delivered any more, if so.
     pub fn stop_reason(&self) -> Option<StopReason> {
         self.stopped

@@ -17,9 +17,7 @@ use serde::{Deserialize, Serialize};
 use super::commands::Command;
 use super::{ANSWER_DEADLINE, Order, StartError, Variables, subscriptions_of};
 use crate::engine::variables::VariablesConfig;
-use crate::ordered::{
-    Incarnation, OperationId, OrderKey, ProcessId, Start, Value, VariableId, merge_states,
-};
+use crate::ordered::{OrderKey, ProcessId, Start, Value, VariableId, merge_states};
 
 /// What one member, or all together, know: the content of a file of `var reset --save`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -29,7 +27,8 @@ pub struct Saved {
     pub process: Option<u32>,
     /// The session it was saved in, or is to be begun.
     pub session: u64,
-    /// Place of the last operation that was delivered.
+    /// Place of the last operation that was delivered, or where the session began from
+    /// known values if none was since.
     pub last: Option<OrderKey>,
     /// Logical time.
     pub time: u64,
@@ -147,21 +146,7 @@ pub fn merge_saved(config: &VariablesConfig, saved: &[Saved]) -> Result<Saved, R
     let mut states = Vec::new();
     for one in saved.iter().filter(|one| !one.knows_nothing()) {
         if let Some(process) = one.process {
-            // A member that began its session from known values and delivered nothing
-            // since knows more than one that never heard of them.
-            let began = OrderKey {
-                time: one.time,
-                id: OperationId {
-                    initiator: ProcessId(0),
-                    incarnation: Incarnation(0),
-                    number: 0,
-                },
-            };
-            states.push((
-                ProcessId(process),
-                Some(one.last.unwrap_or(began)),
-                one.start()?,
-            ));
+            states.push((ProcessId(process), one.last, one.start()?));
         }
     }
     let given = states.iter().map(|(id, last, start)| (*id, *last, start));
@@ -222,6 +207,7 @@ impl Variables {
 mod tests {
     use super::*;
     use crate::engine::variables::ValueKind;
+    use crate::ordered::OperationId;
 
     fn config() -> VariablesConfig {
         let name = |text: &str| text.parse().expect("a name");
@@ -259,10 +245,28 @@ mod tests {
     fn a_member_that_lost_its_memory_gives_nothing() {
         let mut survivor = saved(0, 9, 5);
         // It began its session from known values and delivered nothing since.
-        survivor.last = None;
+        survivor.last = Some(OrderKey {
+            time: 9,
+            ..OrderKey::default()
+        });
         let fresh = saved(1, 0, 0);
         let merged = merge_saved(&config(), &[fresh, survivor]).expect("merged");
         assert_eq!(merged.numbers[&0], 5);
+    }
+
+    #[test]
+    fn a_clock_that_ran_ahead_is_no_knowledge() {
+        // Requests raised its clock, and none of them was delivered there.
+        let mut behind = saved(1, 9, 0);
+        behind.last = None;
+        for all in [
+            [behind.clone(), saved(0, 6, 5)],
+            [saved(0, 6, 5), behind.clone()],
+        ] {
+            let merged = merge_saved(&config(), &all).expect("merged");
+            assert_eq!(merged.numbers[&0], 5, "process 0 delivered it");
+            assert_eq!(merged.time, 9, "later than all that was promised");
+        }
     }
 
     #[test]

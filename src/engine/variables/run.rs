@@ -392,7 +392,7 @@ impl Loop {
         if let Some(process) = self.process.take() {
             self.frozen = Frozen {
                 session: self.session,
-                last: process.last_key(),
+                last: process.progress(),
                 state: process.state(),
             };
         }

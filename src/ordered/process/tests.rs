@@ -398,6 +398,50 @@ fn a_lost_memory_stops_the_component_until_all_start_anew() {
 }
 
 #[test]
+fn what_was_delivered_counts_whatever_the_clocks_say() {
+    let mut net = Net::new(OrderKind::Skeen, false);
+    net.submit(0, 0, write(7)).expect("taken");
+    // Process 1 never has the commit, and process 2's requests raise its clock.
+    for _ in 0..20 {
+        while let Some((from, to, frame)) = net.wire.pop_front() {
+            let commit = matches!(
+                &frame,
+                Frame::Message {
+                    message: Message::Commit { .. },
+                    ..
+                }
+            );
+            if !(commit && (from, to) == (0, 1)) {
+                let peer = ProcessId(from as u32);
+                net.step(to, Event::Frame { peer, frame });
+            }
+        }
+        net.submit(2, 1, write(1)).expect("taken");
+    }
+    assert!(net.delivered[1].is_empty());
+    assert!(net.processes[1].clock() > net.processes[0].clock());
+    assert_eq!(net.processes[1].progress(), None);
+    let merged = |all: &[&Process]| {
+        let states: Vec<_> = all
+            .iter()
+            .map(|p| (p.config().me, p.progress(), p.state()))
+            .collect();
+        merge_states(&subscriptions(), states.iter().map(|(p, k, s)| (*p, *k, s)))
+    };
+    let start = merged(&[&net.processes[1], &net.processes[0], &net.processes[2]]);
+    assert_eq!(start.values[&VariableId(0)], Value::Integer(7));
+    // A member of the next session that delivered nothing yet knows more than one that
+    // is new, and not less than one that is still in the session before.
+    let mut next = config(0, OrderKind::Skeen, false);
+    next.session = 2;
+    let next = Process::new(next, start.clone()).expect("a process");
+    let fresh = process(config(1, OrderKind::Skeen, false));
+    assert!(next.progress() > net.processes[0].progress());
+    let again = merged(&[&fresh, &next]);
+    assert_eq!(again.values[&VariableId(0)], Value::Integer(7));
+}
+
+#[test]
 fn a_restart_before_anybody_is_ready_does_no_harm() {
     for order in BOTH {
         // Process 0 is met by process 1 alone, which waits for process 2.
