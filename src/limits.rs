@@ -158,6 +158,8 @@ limits! {
     MAX_STREAM_NOTICES = 65_536, Count;
     /// Longest note about a refused connection between processes that share variables; lists some hundred of them.
     MAX_VARIABLE_NOTE = 64 * KIB, Bytes;
+    /// Longest request about ordered variables; a new session begins with what all members saved, in hexadecimal digits.
+    MAX_VARIABLE_REQUEST = 64 * MIB, Bytes;
     /// Threads that carry operations to an etcd cluster, each with one request under way.
     CLUSTER_WORKERS = 16, Count;
     /// Longest answer of an etcd cluster: some thousand of the longest values.

@@ -163,7 +163,7 @@ impl Client {
     /// The next request, or why it is none; nothing at the end of the stream.
     fn next(&mut self) -> Result<Option<Result<Request, String>>, SysError> {
         loop {
-            let found = control::decode::<Request>(&mut self.buffer, limits::MAX_CONTROL_REQUEST);
+            let found = control::decode::<Request>(&mut self.buffer, limits::MAX_VARIABLE_REQUEST);
             match found {
                 Ok(Some(message)) => return Ok(Some(Ok(message.body))),
                 Ok(None) => {}
@@ -235,7 +235,7 @@ impl Client {
                 deadline_ms,
             } => {
                 let (id, kind) = self.find(&variable)?;
-                let operation = Operation::Write(read(&variable, kind, &value)?);
+                let operation = Operation::Write(read(&variable, id, kind, &value)?);
                 let done = self
                     .variables
                     .carry_out(id, operation, deadline(deadline_ms))?;
@@ -248,8 +248,8 @@ impl Client {
                 deadline_ms,
             } => {
                 let (id, kind) = self.find(&variable)?;
-                let expected = read(&variable, kind, &expected)?;
-                let new = read(&variable, kind, &new)?;
+                let expected = read(&variable, id, kind, &expected)?;
+                let new = read(&variable, id, kind, &new)?;
                 let operation = Operation::CompareAndSwap { expected, new };
                 let done = self
                     .variables
@@ -419,7 +419,7 @@ fn line(config: &VariablesConfig, change: &Change) -> Line {
 }
 
 /// The value that was written on a command line or in JSON, for a variable of that kind.
-fn read(name: &str, kind: ValueType, value: &Shown) -> Result<Value, Refusal> {
+fn read(name: &str, id: u32, kind: ValueType, value: &Shown) -> Result<Value, Refusal> {
     let wrong = |text: String| Refusal(Denied::Invalid, text);
     match (kind, value) {
         (ValueType::Integer, Shown::Number(number)) => Ok(Value::Integer(*number)),
@@ -443,7 +443,7 @@ fn read(name: &str, kind: ValueType, value: &Shown) -> Result<Value, Refusal> {
             };
             let value = Value::bytes(&bytes);
             value
-                .check(VariableId(0), kind)
+                .check(VariableId(id), kind)
                 .map_err(|error| wrong(error.to_string()))?;
             Ok(value)
         }

@@ -5,6 +5,7 @@ mod check;
 mod demo;
 pub(super) mod party;
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 use std::time::Duration;
 
@@ -18,7 +19,7 @@ use super::output::{Align, Output, table};
 use crate::client::Node;
 use crate::client::variables::VariablesLink;
 use crate::engine::variables::{DEFAULT_FILE, VariablesStatus};
-use crate::wire::variables::{Line, Request, Response, Shown};
+use crate::wire::variables::{Line, Request, Response, Row, Shown};
 use args::{Patience, VarCommand};
 
 /// How long what is no ordered operation may take.
@@ -201,11 +202,15 @@ fn in_words(line: &Line) -> String {
     )
 }
 
+fn list_of(path: &Path) -> anyhow::Result<Vec<Row>> {
+    match link(path)?.ask(&Request::List, ANSWER)? {
+        Response::List { variables } => Ok(variables),
+        other => Err(unexpected(&other)),
+    }
+}
+
 fn list(node: &NodeAt, report: Report) -> anyhow::Result<()> {
-    let variables = match link(&node.path())?.ask(&Request::List, ANSWER)? {
-        Response::List { variables } => variables,
-        other => return Err(unexpected(&other)),
-    };
+    let variables = list_of(&node.path())?;
     let mut out = Output::new();
     if report.json {
         out.json(&variables)?;
@@ -233,11 +238,15 @@ fn list(node: &NodeAt, report: Report) -> anyhow::Result<()> {
     Ok(out.done()?)
 }
 
+fn status_of(path: &Path) -> anyhow::Result<serde_json::Value> {
+    match link(path)?.ask(&Request::Status, ANSWER)? {
+        Response::Status { status } => Ok(status),
+        other => Err(unexpected(&other)),
+    }
+}
+
 fn status(node: &NodeAt, report: Report) -> anyhow::Result<()> {
-    let status = match link(&node.path())?.ask(&Request::Status, ANSWER)? {
-        Response::Status { status } => status,
-        other => return Err(unexpected(&other)),
-    };
+    let status = status_of(&node.path())?;
     let mut out = Output::new();
     if report.json {
         out.json(&status)?;
@@ -313,6 +322,7 @@ fn reset_all(node: &NodeAt, with: &[std::path::PathBuf]) -> anyhow::Result<()> {
     let all: Vec<&Path> = std::iter::once(own.as_path())
         .chain(with.iter().map(std::path::PathBuf::as_path))
         .collect();
+    check_members(&all)?;
     let mut saved = Vec::new();
     for path in &all {
         saved.push(freeze(path).with_context(|| format!("stopping {}", path.display()))?);
@@ -322,6 +332,37 @@ fn reset_all(node: &NodeAt, with: &[std::path::PathBuf]) -> anyhow::Result<()> {
         session = renew(path, &saved).with_context(|| format!("starting {}", path.display()))?;
     }
     tell_session(session)
+}
+
+/// Every member has to be named, and once: one that was forgotten would otherwise leave
+/// the others stopped for good.
+fn check_members(paths: &[&Path]) -> anyhow::Result<()> {
+    let mut named: BTreeMap<u32, &Path> = BTreeMap::new();
+    let mut members = BTreeSet::new();
+    for path in paths {
+        let status: VariablesStatus = serde_json::from_value(status_of(path)?)?;
+        if status.order == "etcd" {
+            // Says itself that there is nothing to begin anew.
+            return Ok(());
+        }
+        let process = status.process;
+        if let Some(other) = named.insert(process, path) {
+            let (one, other) = (other.display(), path.display());
+            let text = format!("{one} and {other} are both process {process}; nothing was stopped");
+            return Err(BadInput(text).into());
+        }
+        for one in list_of(path)? {
+            members.extend(one.subscribers);
+        }
+    }
+    match members.iter().find(|member| !named.contains_key(member)) {
+        None => Ok(()),
+        Some(missing) => Err(BadInput(format!(
+            "what process {missing} knows is missing: name the control socket of its node \
+             with --with, too, or use --save and --load; nothing was stopped"
+        ))
+        .into()),
+    }
 }
 
 fn tell_session(session: u64) -> anyhow::Result<()> {

@@ -114,7 +114,12 @@ fn commands_read_write_swap_and_watch() {
     fails(&all[0], &["get", "none"], 2, "there are left, right, label");
     fails(&all[0], &["set", "left", "ten"], 2, "holds an i64");
     let long = "x".repeat(16 * 1024 + 1);
-    fails(&all[0], &["set", "label", &long], 2, "at most 16384");
+    fails(
+        &all[0],
+        &["set", "label", &long],
+        2,
+        "of 16385 bytes for variable 2; at most 16384",
+    );
     let list = done(&all[0], &["list"]);
     assert!(
         list.contains("(not a subscriber)") && list.contains("some text"),
@@ -153,13 +158,6 @@ fn a_killed_member_is_unavailable_until_reset() {
         .iter()
         .map(|one| one.socket().display().to_string())
         .collect();
-    fails(
-        &all[0],
-        &["reset", "--with", &with[1]],
-        1,
-        "what process 2 knows is missing",
-    );
-    fails(&all[0], &["set", "left", "6"], 1, "new session");
     let text = done(&all[0], &["reset", "--with", &with[1], "--with", &with[2]]);
     assert_eq!(text, "session 2 began\n");
     done(&all[1], &["set", "left", "6"]);
@@ -178,6 +176,7 @@ fn a_killed_member_is_unavailable_until_reset() {
         .collect();
     for (one, file) in all.iter().zip(&files) {
         done(one, &["reset", "--save", file]);
+        fails(one, &["set", "label", "6"], 1, "new session");
     }
     let load = [
         "reset", "--load", &files[0], "--load", &files[1], "--load", &files[2],
@@ -186,6 +185,69 @@ fn a_killed_member_is_unavailable_until_reset() {
         assert_eq!(done(one, &load), "session 3 began\n");
     }
     assert_eq!(done(&all[1], &["get", "left", "--ordered"]), "6\n");
+}
+
+#[test]
+fn a_reset_that_forgets_a_member_stops_nobody() {
+    let folder = folder();
+    let all: Vec<_> = (0..3).map(|id| node(folder.path(), id)).collect();
+    done(&all[0], &["set", "left", "5"]);
+    let with: Vec<String> = all
+        .iter()
+        .map(|one| one.socket().display().to_string())
+        .collect();
+    let absent = folder.path().join("absent.sock").display().to_string();
+    for (words, part) in [
+        (&["reset"][..], "what process 1 knows is missing"),
+        (
+            &["reset", "--with", &with[1]],
+            "what process 2 knows is missing",
+        ),
+        (
+            &["reset", "--with", &with[1], "--with", &with[0]],
+            "are both process 0",
+        ),
+    ] {
+        fails(&all[0], words, 2, part);
+    }
+    let words = ["reset", "--with", &with[1], "--with", &absent];
+    fails(&all[0], &words, 1, "no node answers at");
+    for one in &all {
+        let status = done(one, &["status"]);
+        assert!(status.contains("session 1  running"), "{status}");
+    }
+    done(&all[0], &["set", "left", "6"]);
+}
+
+/// What all members know goes to each of them in one request.
+#[test]
+fn a_reset_carries_the_longest_values() {
+    let folder = folder();
+    let all: Vec<_> = (0..3).map(|id| node(folder.path(), id)).collect();
+    let long = "\u{1}".repeat(16 * 1024);
+    done(&all[0], &["set", "label", &long]);
+    done(&all[0], &["cas", "label", &long, &long]);
+    let with: Vec<String> = all
+        .iter()
+        .map(|one| one.socket().display().to_string())
+        .collect();
+    let words = ["reset", "--with", &with[1], "--with", &with[2]];
+    assert_eq!(done(&all[0], &words), "session 2 began\n");
+    assert_eq!(
+        done(&all[2], &["get", "label", "--ordered"]),
+        format!("{long}\n")
+    );
+}
+
+/// The operator hears which member is missing, not that there is too much to do.
+#[test]
+fn an_operation_that_waits_for_a_member_names_it() {
+    let folder = folder();
+    let alone = node(folder.path(), 0);
+    let words = ["set", "left", "5", "--deadline", "200"];
+    fails(&alone, &words, 1, "process 1 has not been there");
+    let words = ["get", "left", "--ordered", "--deadline", "200"];
+    fails(&alone, &words, 1, "process 1 has not been there");
 }
 
 #[test]
