@@ -112,7 +112,7 @@ impl Subscription {
     /// # Errors
     /// [`StreamEnd`], after the notices that came before the end.
     pub fn next_within(&mut self, deadline: Duration) -> Result<Option<Notice>, StreamEnd> {
-        let until = Instant::now() + deadline;
+        let until = super::pending::until(deadline);
         let mut state = locked(&self.0.state);
         loop {
             if let Some(notice) = state.notices.pop_front() {
@@ -206,7 +206,11 @@ impl Hearing {
         });
         // Under the lock of the values, as deliveries are: none is heard half.
         let _values = locked(&self.values);
-        locked(&self.streams).push(Arc::downgrade(&slot));
+        let mut streams = locked(&self.streams);
+        // Those that were dropped since the last delivery are not kept until the next.
+        streams.retain(|stream| stream.strong_count() > 0);
+        streams.push(Arc::downgrade(&slot));
+        drop(streams);
         Subscription(slot)
     }
 
@@ -359,6 +363,25 @@ mod tests {
         hearing.close();
         let heard: Vec<_> = stream.by_ref().collect();
         assert_eq!(heard, [Ok(change(1, 6)), Ok(change(1, 8))]);
+    }
+
+    #[test]
+    fn streams_that_were_dropped_are_forgotten() {
+        let hearing = hearing();
+        for _ in 0..100 {
+            drop(hearing.subscribe(None, 1));
+        }
+        assert_eq!(locked(&hearing.streams).len(), 1);
+    }
+
+    #[test]
+    fn a_stream_is_waited_for_without_a_bound() {
+        let hearing = Arc::new(hearing());
+        let mut stream = hearing.subscribe(None, 1);
+        let there = Arc::clone(&hearing);
+        let teller = std::thread::spawn(move || there.deliver(change(0, 1)));
+        assert_eq!(stream.next_within(Duration::MAX), Ok(Some(change(0, 1))));
+        teller.join().expect("no panic");
     }
 
     #[test]

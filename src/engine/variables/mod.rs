@@ -106,12 +106,13 @@ pub enum OperationError {
     #[error("a callback cannot wait for an ordered operation; hand it to another thread")]
     InCallback,
     /// It was not sent within the deadline, and will not be.
-    #[error(
-        "not sent within {deadline:?}: too many operations are under way; it is not carried out"
-    )]
+    #[error("not sent within {deadline:?}: {}; it is not carried out", waited_for(.reason.as_ref()))]
     NotSent {
         /// How long it waited.
         deadline: Duration,
+        /// What it waited for: a peer that is not there, or room. None where it waited
+        /// behind others.
+        reason: Option<SubmitError>,
     },
     /// Too many operations wait already; this one is not carried out.
     #[error(
@@ -130,6 +131,13 @@ pub enum OperationError {
     /// The variables were stopped; nothing of it was sent.
     #[error("the variables were stopped; nothing was sent")]
     Stopped,
+}
+
+fn waited_for(reason: Option<&SubmitError>) -> String {
+    match reason {
+        Some(reason) => reason.to_string(),
+        None => "other operations wait to be sent before it".to_owned(),
+    }
 }
 
 impl From<ValueKind> for ValueType {
@@ -376,15 +384,19 @@ impl Variables {
         if hearing::in_callback() {
             return Err(OperationError::InCallback);
         }
-        let until = Instant::now() + deadline;
+        let until = pending::until(deadline);
         loop {
             let left = until.saturating_duration_since(Instant::now());
             match self.begin(variable, operation.clone())?.wait(left) {
                 Err(OperationError::Full) if Instant::now() < until => {
                     std::thread::sleep(Duration::from_micros(100));
                 }
-                Err(OperationError::NotSent { .. } | OperationError::Full) => {
-                    return Err(OperationError::NotSent { deadline });
+                Err(OperationError::NotSent { reason, .. }) => {
+                    return Err(OperationError::NotSent { deadline, reason });
+                }
+                Err(OperationError::Full) => {
+                    let reason = None;
+                    return Err(OperationError::NotSent { deadline, reason });
                 }
                 other => return other,
             }

@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 use super::OperationError;
 use super::hearing::in_callback;
-use crate::ordered::{OrderKey, Value};
+use crate::ordered::{OrderKey, SubmitError, Value};
 
 /// What an operation came to.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -32,7 +32,8 @@ pub struct Completed {
 
 #[derive(Debug)]
 enum State {
-    Waiting,
+    /// Not sent yet, and why, where that is known.
+    Waiting(Option<SubmitError>),
     Taken,
     /// The outcome is known and not delivered here yet.
     Known(Result<Completed, OperationError>),
@@ -61,9 +62,17 @@ pub struct Pending(Arc<Slot>);
 #[derive(Debug)]
 pub(super) struct Promise(Arc<Slot>);
 
+/// Longest wait that is counted; what is longer, for ever among it, is that long.
+const LONGEST: Duration = Duration::from_secs(100 * 365 * 24 * 3600);
+
+/// When a wait of `deadline` from now ends.
+pub(super) fn until(deadline: Duration) -> Instant {
+    Instant::now() + deadline.min(LONGEST)
+}
+
 pub(super) fn pending() -> (Pending, Promise) {
     let slot = Arc::new(Slot {
-        state: Mutex::new(State::Waiting),
+        state: Mutex::new(State::Waiting(None)),
         changed: Condvar::new(),
     });
     (Pending(Arc::clone(&slot)), Promise(slot))
@@ -81,7 +90,7 @@ impl Pending {
         if in_callback() {
             return Err(OperationError::InCallback);
         }
-        let until = Instant::now() + deadline;
+        let until = until(deadline);
         let mut state = self.0.lock();
         loop {
             if let State::Done(_) = &*state {
@@ -95,7 +104,7 @@ impl Pending {
         }
         match std::mem::replace(&mut *state, State::GivenUp) {
             State::Done(result) | State::Known(result) => result,
-            State::Waiting => Err(OperationError::NotSent { deadline }),
+            State::Waiting(reason) => Err(OperationError::NotSent { deadline, reason }),
             State::Taken | State::GivenUp => Err(OperationError::Indeterminate),
         }
     }
@@ -111,7 +120,7 @@ impl Promise {
     pub(super) fn take(&self) -> bool {
         let mut state = self.0.lock();
         match *state {
-            State::Waiting => {
+            State::Waiting(_) => {
                 *state = State::Taken;
                 true
             }
@@ -120,11 +129,11 @@ impl Promise {
         }
     }
 
-    /// It was not sent after all, and waits again.
-    pub(super) fn put_back(&self) {
+    /// It was not sent after all, and waits again for what `reason` names.
+    pub(super) fn put_back(&self, reason: SubmitError) {
         let mut state = self.0.lock();
         if matches!(*state, State::Taken) {
-            *state = State::Waiting;
+            *state = State::Waiting(Some(reason));
         }
     }
 
@@ -136,7 +145,7 @@ impl Promise {
     /// Says the outcome for a caller whose time ends before it is delivered here.
     pub(super) fn known(&self, result: Result<Completed, OperationError>) {
         let mut state = self.0.lock();
-        if matches!(*state, State::Waiting | State::Taken) {
+        if matches!(*state, State::Waiting(_) | State::Taken) {
             *state = State::Known(result);
         }
     }
@@ -157,7 +166,7 @@ impl Promise {
 
     fn settle(&self, result: Result<Completed, OperationError>) {
         let mut state = self.0.lock();
-        if matches!(*state, State::Waiting | State::Taken) {
+        if matches!(*state, State::Waiting(_) | State::Taken) {
             *state = State::Done(result);
             drop(state);
             self.0.changed.notify_all();
@@ -191,6 +200,7 @@ impl Drop for Promise {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ordered::ProcessId;
 
     const SHORT: Duration = Duration::from_millis(1);
 
@@ -200,6 +210,28 @@ mod tests {
         let error = pending.wait(SHORT).expect_err("nobody answers");
         assert!(matches!(error, OperationError::NotSent { .. }));
         assert!(!promise.take(), "it must not be sent any more");
+    }
+
+    #[test]
+    fn what_was_not_sent_says_what_it_waited_for() {
+        let (pending, promise) = pending();
+        let missing = SubmitError::NotReady {
+            missing: ProcessId(7),
+        };
+        assert!(promise.take());
+        promise.put_back(missing);
+        let error = pending.wait(SHORT).expect_err("nobody answers");
+        let text = error.to_string();
+        assert!(text.contains("process 7 has not been there"), "{text}");
+        assert!(!promise.take(), "it must not be sent any more");
+    }
+
+    #[test]
+    fn a_wait_may_be_for_ever() {
+        let (pending, promise) = pending();
+        drop(promise);
+        let error = pending.wait(Duration::MAX).expect_err("stopped");
+        assert!(matches!(error, OperationError::Stopped));
     }
 
     #[test]

@@ -292,8 +292,8 @@ impl Loop {
             Ok(id) => {
                 self.promises.insert(id.number, submission.promise);
             }
-            Err(SubmitError::Busy { .. } | SubmitError::NotReady { .. }) => {
-                submission.promise.put_back();
+            Err(reason @ (SubmitError::Busy { .. } | SubmitError::NotReady { .. })) => {
+                submission.promise.put_back(reason);
                 self.held = Some(submission);
             }
             Err(error) => submission.promise.complete(Err(error.into())),
