@@ -215,11 +215,7 @@ impl<R: Rules> Process<R> {
             .map(|v| (v.id, start.value(v)))
             .collect();
         start.values.clone_from(&values);
-        let windows = match config.order {
-            OrderKind::Skeen => 5,
-            OrderKind::Sequencer => subscriptions.processes().len() as u64 + 2,
-        };
-        let capacity = (windows * ORDERED_WINDOW) as usize;
+        let capacity = link_capacity(config.order, subscriptions);
         let peers = subscriptions.peers(me, config.order);
         let peers = peers
             .into_iter()
@@ -404,6 +400,11 @@ impl<R: Rules> Process<R> {
         self.peers.get(&peer).is_some_and(|peer| peer.link.is_up())
     }
 
+    /// Messages that are kept for one peer at most, until it told their receipt.
+    pub fn link_capacity(&self) -> usize {
+        link_capacity(self.config.order, &self.config.subscriptions)
+    }
+
     /// Own operations that have not completed; at most [`ORDERED_WINDOW`].
     pub fn in_flight(&self) -> usize {
         self.own.len()
@@ -559,6 +560,14 @@ impl<R: Rules> Process<R> {
         }
         actions.push(Action::Unavailable { reason });
     }
+}
+
+fn link_capacity(order: OrderKind, subscriptions: &Subscriptions) -> usize {
+    let windows = match order {
+        OrderKind::Skeen => 5,
+        OrderKind::Sequencer => subscriptions.processes().len() as u64 + 2,
+    };
+    (windows * ORDERED_WINDOW) as usize
 }
 
 impl Peer {

@@ -283,6 +283,10 @@ impl Loop {
                 self.unsent.push(key);
             }
             frame.encode(&mut connection.out);
+            if connection.out.len() > self.most_unsent {
+                tracing::warn!(%peer, "it tells receipts, and takes nothing of what is sent");
+                self.close(key, "it takes nothing of what is sent");
+            }
         }
     }
 
@@ -507,7 +511,9 @@ impl Loop {
     /// this side has not spoken yet.
     fn note(&mut self, key: Key, note: &Note) -> Result<(), String> {
         let from = ProcessId(note.process);
-        let reason: String = note.reason.chars().take(500).collect();
+        // It is shown on terminals.
+        let plain = |c: char| if c.is_control() { ' ' } else { c };
+        let reason: String = note.reason.chars().take(500).map(plain).collect();
         let difference = note.difference(&self.config, self.session);
         let text = match &difference {
             Some(difference) => format!("{reason}: {difference}"),
@@ -551,10 +557,15 @@ impl Loop {
 
     /// Ends a connection; its peer is dialled again.
     pub(super) fn close(&mut self, key: Key, reason: &str) {
+        let greeted = self.connections.get(key).is_some_and(|one| one.greeted);
         let Some(peer) = self.drop_connection(key) else {
             return;
         };
-        tracing::debug!(peer = %peer, reason, "connection ended");
+        if greeted {
+            tracing::info!(%peer, reason, "link lost");
+        } else {
+            tracing::debug!(%peer, reason, "connection ended");
+        }
         self.forget(key, peer, reason.to_owned());
     }
 

@@ -7,7 +7,8 @@
 //! - I1: all that a turn leads to is sent by the one system call at its end.
 //! - I2: while the callback is behind, nothing is received and nothing is submitted: the
 //!   kernel's buffers fill, and peers wait in turn.
-//! - I3: what is queued for a peer is bounded by the windows of the order.
+//! - I3: what is queued for a peer is bounded by the windows of the order; the connection
+//!   of one that tells receipts of what it never took is closed.
 
 use std::collections::{BTreeMap, HashMap};
 use std::os::fd::OwnedFd;
@@ -22,9 +23,11 @@ use super::links::{Connection, Peer};
 use super::pending::{Completed, Promise};
 use super::reset::ResetError;
 use crate::engine::keys::{Key, Keyed};
+use crate::limits;
 use crate::ordered::{
-    Action, Config, Delivery, Event, Incarnation, Operation, OrderKind, Outcome, Process,
-    ProcessId, Start, SubmitError, Subscriptions, VariableId,
+    Action, Config, Delivery, Event, FRAME_HEADER_BYTES, Incarnation, Operation, OrderKind,
+    Outcome, Process, ProcessId, Start, SubmitError, Subscriptions, ValueType, Variable,
+    VariableId,
 };
 use crate::sys::SysError;
 use crate::sys::ring::{Completion, Op, Ring};
@@ -88,6 +91,8 @@ pub(super) struct Loop {
     pub(super) peers: BTreeMap<ProcessId, Peer>,
     /// Connections with something to send.
     pub(super) unsent: Vec<Key>,
+    /// Bytes that may wait to be sent over one connection.
+    pub(super) most_unsent: usize,
     promises: HashMap<u64, Promise>,
     /// An operation that the window has no room for yet.
     held: Option<Submission>,
@@ -144,6 +149,7 @@ impl Loop {
             listen_at: None,
             connections: Keyed::new(),
             unsent: Vec::new(),
+            most_unsent: 0,
             promises: HashMap::new(),
             held: None,
             actions: Vec::new(),
@@ -152,7 +158,9 @@ impl Loop {
             stalled: false,
             stopping: false,
         };
-        this.process = Some(Process::new(this.core(this.session), Start::default())?);
+        let process = Process::new(this.core(this.session), Start::default())?;
+        this.most_unsent = most_unsent(&this.subscriptions, &process);
+        this.process = Some(process);
         this.await_bell()?;
         this.accept_next();
         Ok(this)
@@ -454,6 +462,25 @@ impl Loop {
         }
         self.carry_out();
     }
+}
+
+/// Twice what waits for a peer that keeps to its windows: the operations with their
+/// values, the other messages of the link, receipts and notes.
+fn most_unsent(subscriptions: &Subscriptions, process: &Process) -> usize {
+    const HEADS: usize = FRAME_HEADER_BYTES + 48;
+    let bytes = |one: &Variable| one.kind == ValueType::Bytes;
+    let longest = if subscriptions.variables().any(bytes) {
+        limits::MAX_VARIABLE_BYTES as usize
+    } else {
+        size_of::<i64>()
+    };
+    let messages = process.link_capacity();
+    let operations = match process.config().order {
+        OrderKind::Skeen => limits::ORDERED_WINDOW as usize,
+        OrderKind::Sequencer => messages,
+    };
+    let notes = 2 * limits::MAX_VARIABLE_NOTE as usize;
+    2 * (operations * (HEADS + 2 * longest) + messages * HEADS + notes)
 }
 
 /// The words for an address in messages.

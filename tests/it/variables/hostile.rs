@@ -248,3 +248,79 @@ fn half_open_connections_keep_nobody_out() {
     assert_eq!(&first, b"UVAR");
     drop(real.other);
 }
+
+/// It asks, commits and tells receipts, and takes nothing of what it is told: what waits
+/// for it is bounded all the same.
+#[test]
+fn a_peer_that_tells_receipts_of_what_it_never_took_is_cut_off() {
+    const MOST: u64 = 200_000;
+    let real = real();
+    real.is_well();
+    let mut stream = connect(real.address);
+    nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::RcvBuf, &4096)
+        .expect("a TCP socket");
+    stream
+        .set_write_timeout(Some(PATIENCE))
+        .expect("a TCP socket");
+    let mut bytes = bytes_of(&Frame::Hello(hello()));
+    Frame::Ready.encode(&mut bytes);
+    let cut_off = (1..=MOST).find(|&number| {
+        let id = OperationId {
+            initiator: ProcessId(2),
+            incarnation: Incarnation(99),
+            number,
+        };
+        let request = Message::Request {
+            id,
+            variable: VariableId(1),
+            operation: Operation::Read,
+            time: 4 * number,
+        };
+        let commit = Message::Commit {
+            id,
+            time: 4 * number + 3,
+            acknowledge: false,
+        };
+        for (sequence, message) in (2 * number - 1..).zip([request, commit]) {
+            Frame::Message { sequence, message }.encode(&mut bytes);
+        }
+        // A proposal for each, and each 64 of them that so many were delivered.
+        let sequence = number + number / 64;
+        Frame::Received { sequence }.encode(&mut bytes);
+        if number % 500 != 0 {
+            return false;
+        }
+        let sent = stream.write_all(&bytes);
+        bytes.clear();
+        sent.is_err()
+    });
+    assert!(cut_off.is_some(), "{MOST} answers wait to be sent");
+    let status = real.victim.status().expect("the loop answers");
+    let link = status.links.iter().find(|link| link.process == 2);
+    let trouble = link.and_then(|link| link.trouble.clone());
+    assert_eq!(
+        trouble.as_deref(),
+        Some("it takes nothing of what is sent"),
+        "{status:?}"
+    );
+    real.is_well();
+    drop(real.other);
+}
+
+/// What a peer gives as its reason is shown on the operator's terminal.
+#[test]
+fn a_reason_cannot_write_to_the_terminal() {
+    let real = real();
+    let note = br#"{"process":2,"reason":"\u001b[2Jall is\nwell","order":"skeen","session":1,"variables":null}"#;
+    let mut bytes = b"UVRF".to_vec();
+    bytes.extend((note.len() as u32).to_le_bytes());
+    bytes.extend(note);
+    let mut stream = connect(real.address);
+    stream.write_all(&bytes).expect("taken");
+    read_to_end(stream);
+    let status = real.victim.status().expect("the loop answers");
+    let link = status.links.iter().find(|link| link.process == 2);
+    let trouble = link.and_then(|link| link.trouble.clone()).expect("told");
+    assert_eq!(trouble, " [2Jall is well");
+    drop(real.other);
+}
