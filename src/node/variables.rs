@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::engine::variables::{
     Change, Completed, Notice, OperationError, Saved, StartError, Variables, VariablesConfig,
@@ -31,6 +31,8 @@ const LOOK: Duration = Duration::from_millis(200);
 const SEND_DEADLINE: Duration = Duration::from_secs(10);
 /// Longest wait of an operation, whatever a client asks for.
 const MAX_DEADLINE_MS: u64 = 3_600_000;
+/// How long the connections may take to say that the node ends.
+const END_DEADLINE: Duration = Duration::from_secs(1);
 /// Notices that a watch may be behind.
 const WATCH_NOTICES: usize = 16_384;
 
@@ -38,6 +40,8 @@ const WATCH_NOTICES: usize = 16_384;
 #[derive(Debug)]
 pub(super) struct Service {
     stopping: Arc<AtomicBool>,
+    /// Connections that are served.
+    open: Arc<AtomicU64>,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -49,13 +53,19 @@ pub(super) fn serve(
     let variables = Arc::new(Variables::start_silent(config.clone())?);
     let (door, arrived) = sync_channel(limits::MAX_VARIABLE_CLIENTS as usize);
     let stopping = Arc::new(AtomicBool::new(false));
-    let flag = Arc::clone(&stopping);
+    let open = Arc::new(AtomicU64::new(0));
+    let (flag, count) = (Arc::clone(&stopping), Arc::clone(&open));
     let thread = std::thread::Builder::new()
         .name("variables-serve".into())
-        .spawn(move || accept(&arrived, &variables, &flag))
+        .spawn(move || accept(&arrived, &variables, &flag, &count))
         .map_err(StartError::Thread)?;
     let thread = Some(thread);
-    Ok((Service { stopping, thread }, door))
+    let service = Service {
+        stopping,
+        open,
+        thread,
+    };
+    Ok((service, door))
 }
 
 impl Drop for Service {
@@ -65,11 +75,19 @@ impl Drop for Service {
             // It has ended, by a panic or not.
             let _ = thread.join();
         }
+        let until = Instant::now() + END_DEADLINE;
+        while self.open.load(Ordering::Relaxed) > 0 && Instant::now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
     }
 }
 
-fn accept(arrived: &Receiver<OwnedFd>, variables: &Arc<Variables>, stopping: &Arc<AtomicBool>) {
-    let open = Arc::new(AtomicU64::new(0));
+fn accept(
+    arrived: &Receiver<OwnedFd>,
+    variables: &Arc<Variables>,
+    stopping: &Arc<AtomicBool>,
+    open: &Arc<AtomicU64>,
+) {
     while !stopping.load(Ordering::Relaxed) {
         let socket = match arrived.recv_timeout(LOOK) {
             Ok(socket) => socket,
@@ -92,10 +110,17 @@ fn accept(arrived: &Receiver<OwnedFd>, variables: &Arc<Variables>, stopping: &Ar
             let _ = client.refuse(Denied::Failed, message);
             continue;
         }
-        let count = Arc::clone(&open);
+        let count = Arc::clone(open);
         let body = move || {
-            if let Err(error) = client.serve() {
-                tracing::debug!(%error, "a connection about variables ended");
+            match client.serve() {
+                Err(error) if error.source.kind() == std::io::ErrorKind::WouldBlock => {
+                    tracing::warn!(
+                        patience = ?SEND_DEADLINE,
+                        "a command that took nothing of its answers was cut off"
+                    );
+                }
+                Err(error) => tracing::debug!(%error, "a connection about variables ended"),
+                Ok(()) => {}
             }
             count.fetch_sub(1, Ordering::Relaxed);
         };

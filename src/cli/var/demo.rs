@@ -42,6 +42,8 @@ struct Demo {
     heard: Vec<Vec<Changed>>,
     own: Vec<Vec<Own>>,
     idle: [u64; 3],
+    /// Whether they were told to end.
+    ending: bool,
     ended: [bool; 3],
     out: Output,
     json: bool,
@@ -71,6 +73,7 @@ pub(super) fn run(operations: u64, order: &str, report: Report) -> anyhow::Resul
         heard: vec![Vec::new(); 3],
         own: vec![Vec::new(); 3],
         idle: [0; 3],
+        ending: false,
         ended: [false; 3],
         out: Output::new(),
         json: report.json,
@@ -126,6 +129,7 @@ impl Demo {
                 self.until(|demo| demo.idle[process] > before)?;
             }
         }
+        self.ending = true;
         for child in &mut self.children {
             child.tell("end")?;
         }
@@ -149,6 +153,7 @@ impl Demo {
             let process = process.context("a line of nobody")?;
             match said.line {
                 Some(line) => self.take(process, &line)?,
+                None if !self.ending => bail!("process {process} ended before it was told to"),
                 None => self.ended[process] = true,
             }
         }

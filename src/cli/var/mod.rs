@@ -16,8 +16,8 @@ use super::NodeAt;
 use super::args::Report;
 use super::failure::{BadInput, FAILED, Reported};
 use super::output::{Align, Output, table};
-use crate::client::Node;
 use crate::client::variables::VariablesLink;
+use crate::client::{ClientError, Node};
 use crate::engine::variables::{DEFAULT_FILE, VariablesStatus};
 use crate::wire::variables::{Line, Request, Response, Row, Shown};
 use args::{Patience, VarCommand};
@@ -138,7 +138,7 @@ fn change(
     if report.json {
         out.json(&json!({ "applied": applied, "key": key, "old": old }))?;
     } else if !applied {
-        let held = old.map_or_else(|| "something else".to_owned(), |old| old.to_string());
+        let held = old.map_or_else(|| "something else".to_owned(), |old| on_one_line(&old));
         out.line(format_args!("not swapped: it held {held}"))?;
     }
     out.done()?;
@@ -164,7 +164,7 @@ fn watch(
     }
     let mut left = count.unwrap_or(u64::MAX);
     while left > 0 {
-        match link.hear()? {
+        match link.hear().map_err(broken_off)? {
             Response::Change(line) => {
                 left -= 1;
                 if report.json {
@@ -191,6 +191,30 @@ fn watch(
     Ok(out.done()?)
 }
 
+/// What the end of a watch without a word means.
+fn broken_off(error: ClientError) -> anyhow::Error {
+    match error {
+        ClientError::Closed => anyhow::anyhow!(
+            "the watch broke off: the node was killed, or cut it off since nothing was read \
+             for seconds, which its log says; watch again and read the values"
+        ),
+        other => other.into(),
+    }
+}
+
+/// A value on one line of a terminal, whatever its bytes are.
+fn on_one_line(value: &Shown) -> String {
+    let mut line = String::new();
+    for c in value.to_string().chars() {
+        if c.is_control() {
+            line.extend(c.escape_default());
+        } else {
+            line.push(c);
+        }
+    }
+    line
+}
+
 fn in_words(line: &Line) -> String {
     let by = line.initiator.map_or_else(
         || "another program".to_owned(),
@@ -198,7 +222,11 @@ fn in_words(line: &Line) -> String {
     );
     format!(
         "{:<10}  {:<16}  {} -> {}  ({} by {by})",
-        line.key.time, line.name, line.old, line.new, line.operation
+        line.key.time,
+        line.name,
+        on_one_line(&line.old),
+        on_one_line(&line.new),
+        line.operation
     )
 }
 
@@ -231,7 +259,7 @@ fn list(node: &NodeAt, report: Report) -> anyhow::Result<()> {
             one.name.clone(),
             one.kind.clone(),
             subscribers.join(","),
-            value.map_or_else(|| "(not a subscriber)".to_owned(), Shown::to_string),
+            value.map_or_else(|| "(not a subscriber)".to_owned(), on_one_line),
         ]);
     }
     out.table(&rows)?;

@@ -3,9 +3,13 @@
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
+use std::time::Instant;
 
-use crate::nodes::{BINARY, NodeProcess, await_some, await_that, folder};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+use crate::nodes::{BINARY, NodeProcess, PATIENCE, await_exit, await_some, await_that, folder};
 
 fn write_table(folder: &Path, process: u32) -> PathBuf {
     let mut text = format!("[variables]\nprocess = {process}\nmember = [\n");
@@ -142,6 +146,8 @@ fn a_killed_member_is_unavailable_until_reset() {
     let mut all: Vec<_> = (0..3).map(|id| node(folder.path(), id)).collect();
     done(&all[0], &["set", "left", "5"]);
     done(&all[2], &["set", "label", "kept"]);
+    // What only the killed one delivered would be lost with it.
+    assert_eq!(done(&all[0], &["get", "label", "--ordered"]), "kept\n");
     all.remove(2).kill();
     fails(
         &all[0],
@@ -295,4 +301,97 @@ fn a_wrong_table_is_refused_with_line_and_key() {
         assert_eq!(output.status.code(), Some(2), "{text}");
         assert!(text.contains(words), "{words}: {text}");
     }
+}
+
+/// A value is what a subscriber likes it to be; a line is one change all the same.
+#[test]
+fn values_do_not_break_lines() {
+    let folder = folder();
+    let all: Vec<_> = (0..3).map(|id| node(folder.path(), id)).collect();
+    let mut watch = Command::new(BINARY)
+        .args(["var", "watch", "--count", "1", "label", "--socket"])
+        .arg(all[1].socket())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the command runs");
+    let mut lines = BufReader::new(watch.stdout.take().expect("a pipe")).lines();
+    let mut next = || lines.next().expect("a line").expect("a line");
+    assert!(next().starts_with("TIME"), "it watches from here on");
+    let value = "a\n9  left  0 -> 7\u{1b}[2J";
+    done(&all[0], &["set", "label", value]);
+    let line = next();
+    let escaped = "a\\n9  left  0 -> 7\\u{1b}[2J";
+    assert!(line.contains(escaped), "{line}");
+    assert!(watch.wait().expect("ends").success());
+    let list = done(&all[1], &["list"]);
+    assert!(
+        list.contains(escaped) && list.lines().count() == 4,
+        "{list}"
+    );
+    fails(&all[2], &["cas", "label", "b", "c"], 1, escaped);
+    // As it is for whoever asks for the value alone.
+    let got = done(&all[1], &["get", "label"]);
+    assert_eq!(got, format!("{value}\n"));
+}
+
+/// Whoever watches hears why it ends, and the log says when a link was lost.
+#[test]
+fn a_watch_is_told_that_its_node_ends() {
+    let folder = folder();
+    let mut all: Vec<_> = (0..3).map(|id| node(folder.path(), id)).collect();
+    done(&all[0], &["set", "left", "1"]);
+    let watch = |node: &NodeProcess| {
+        let mut watch = Command::new(BINARY)
+            .args(["var", "watch", "--socket"])
+            .arg(node.socket())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("the command runs");
+        let mut heading = [0; 4];
+        let stdout = watch.stdout.as_mut().expect("a pipe");
+        stdout.read_exact(&mut heading).expect("a heading");
+        watch
+    };
+    let (told, broken) = (watch(&all[1]), watch(&all[2]));
+    let mut stopped = all.remove(1);
+    stopped.signal(Signal::SIGTERM);
+    assert!(stopped.await_end(PATIENCE).success());
+    all.remove(1).kill();
+    for (watch, words) in [(told, "the node ends"), (broken, "the node was killed")] {
+        let output = watch.wait_with_output().expect("it ends");
+        let text = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{text}");
+        assert!(text.contains(words), "{text}");
+    }
+    all[0].await_log("link lost");
+}
+
+/// A process of the demonstration that dies is noticed at once.
+#[test]
+fn a_demonstration_ends_with_its_processes() {
+    let mut demo = Command::new(BINARY)
+        .args(["var", "demo", "--operations", "1000000"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command runs");
+    let children = format!("/proc/{0}/task/{0}/children", demo.id());
+    let child = await_some("its processes are there", || {
+        let text = std::fs::read_to_string(&children).expect("it runs");
+        let all: Vec<i32> = text
+            .split_whitespace()
+            .filter_map(|id| id.parse().ok())
+            .collect();
+        (all.len() == 3).then(|| all[1])
+    });
+    kill(Pid::from_raw(child), Signal::SIGKILL).expect("a living child");
+    let begun = Instant::now();
+    let status = await_exit(&mut demo, PATIENCE).expect("it ends");
+    let mut text = String::new();
+    let stderr = demo.stderr.as_mut().expect("a pipe");
+    stderr.read_to_string(&mut text).expect("text");
+    assert_eq!(status.code(), Some(1), "{text}");
+    assert!(text.contains("ended before it was told to"), "{text}");
+    assert!(begun.elapsed() < PATIENCE, "at once");
 }
