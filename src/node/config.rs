@@ -33,7 +33,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer};
 
-use crate::engine::variables::{VariablesConfig, VariablesError};
+use crate::engine::variables::{VariablesConfig, VariablesError, place_of};
 use crate::limits;
 use crate::units::{ByteSize, ParseSizeError};
 use crate::wire::follow::FollowSpec;
@@ -250,7 +250,9 @@ impl NodeConfig {
     /// [`ConfigError::File`] with the line and, where there is one, the key.
     pub fn parse(text: &str, path: &Path) -> Result<NodeConfig, ConfigError> {
         toml::from_str(text).map_err(|error: toml::de::Error| {
-            let start = error.span().map_or(0, |span| span.start.min(text.len()));
+            let start = place_of(text, error.message())
+                .or(error.span().map(|span| span.start))
+                .map_or(0, |start| start.min(text.len()));
             ConfigError::File {
                 path: path.to_owned(),
                 line: text[..start].matches('\n').count() + 1,
@@ -460,9 +462,9 @@ fn is_loopback(address: IpAddr) -> bool {
 fn key_at(text: &str, at: usize) -> Option<&str> {
     let line_end = text[at..].find('\n').map_or(text.len(), |n| at + n);
     let begin = text[..at].rfind('\n').map_or(0, |n| n + 1);
-    let table = text[begin..line_end].trim().strip_prefix('[');
-    if let Some(table) = table.and_then(|rest| rest.strip_suffix(']')) {
-        return Some(table);
+    let line = text[begin..line_end].trim();
+    if line.starts_with('[') && line.ends_with(']') {
+        return Some(line.trim_matches(['[', ']']));
     }
     text[..line_end].lines().rev().find_map(|line| {
         let (key, _) = line.split_once('=')?;
@@ -553,6 +555,78 @@ mod tests {
             assert!(text.starts_with(&expected), "{input:?}: {text}");
         }
         assert!(message("name = [").starts_with("node.toml:1: "));
+    }
+
+    /// Each offence stands on a line of its own, which is not that of the table.
+    #[test]
+    fn relations_of_variables_are_named_with_their_line() {
+        let right = "name = \"a\"\n[variables]\nprocess = 0\nsession = 1\nmember = [\n  \
+             { id = 0, address = \"unix:/a\" },\n  { id = 1, address = \"unix:/b\" },\n]\n\
+             [[variables.variable]]\nid = 0\nname = \"x\"\ntype = \"i64\"\nsubscribers = [0]\n\
+             [[variables.variable]]\nid = 1\nname = \"y\"\ntype = \"i64\"\nsubscribers = [0, 1]\n";
+        parse(right).expect("it is valid as it stands");
+        for (from, to, said) in [
+            (
+                "process = 0",
+                "process = 7",
+                "3: key `process`: process: process 7",
+            ),
+            (
+                "session = 1",
+                "session = 0",
+                "4: key `session`: session = 0",
+            ),
+            (
+                "id = 1, address",
+                "id = 0, address",
+                "7: key `member`: member: two entries have id 0",
+            ),
+            (
+                "unix:/b",
+                "unix:/a",
+                "7: key `member`: member: two entries have address",
+            ),
+            (
+                "[0]",
+                "[0, 5]",
+                "9: key `variables.variable`: variable x: subscribers: process 5",
+            ),
+            (
+                "[0, 1]",
+                "[]",
+                "14: key `variables.variable`: variable y: has no subscribers",
+            ),
+            (
+                "\"y\"",
+                "\"x\"",
+                "14: key `variables.variable`: variable: two entries have name x",
+            ),
+            (
+                "id = 1\n",
+                "id = 0\n",
+                "14: key `variables.variable`: variable: two entries have id 0",
+            ),
+            (
+                "session = 1",
+                "order = \"etcd\"",
+                "4: key `order`: order = \"etcd\" and a table",
+            ),
+        ] {
+            assert!(right.contains(from), "{from}");
+            let text = message(&right.replacen(from, to, 1));
+            let expected = format!("node.toml:{said}");
+            assert!(text.starts_with(&expected), "{to}: {text}");
+        }
+        let etcd = right.replace("session = 1", "order = \"etcd\"");
+        let etcd = format!("{etcd}[variables.etcd]\nendpoints = [\"here:1\"]\n");
+        let text = message(&etcd);
+        assert!(
+            text.starts_with("node.toml:19: key `variables.etcd`: etcd.endpoints"),
+            "{text}"
+        );
+        // What is wrong elsewhere keeps its own line.
+        let text = message(&right.replace("name = \"a\"\n", "nmae = \"a\"\n"));
+        assert!(text.starts_with("node.toml:1: key `nmae`"), "{text}");
     }
 
     #[test]
