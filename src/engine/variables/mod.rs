@@ -127,6 +127,16 @@ pub enum OperationError {
         "the outcome is not known: it may be carried out, or have been; read the variable in order to see"
     )]
     Indeterminate,
+    /// Another program put something into the key of a variable that it cannot hold.
+    #[error(
+        "the etcd cluster holds something else than {kind:?} for variable {variable}; write it anew"
+    )]
+    Foreign {
+        /// Which.
+        variable: VariableId,
+        /// What it holds.
+        kind: ValueType,
+    },
     /// A new session is being prepared; nothing of it was sent.
     #[error("the variables wait for a new session (`uffd-sync var reset`); nothing was sent")]
     Frozen,
@@ -436,6 +446,7 @@ impl Variables {
 
     /// How it goes; none if the loop does not answer.
     pub fn status(&self) -> Option<VariablesStatus> {
+        let mut resyncs = 0;
         let found = match &self.order {
             Order::Peers { commands, .. } => {
                 let (told, answer) = mpsc::sync_channel(1);
@@ -445,19 +456,19 @@ impl Variables {
                 answer.recv_timeout(ANSWER_DEADLINE).ok()?
             }
             Order::Cluster(cluster) => {
-                let (revision, _, trouble) = cluster.as_ref()?.state();
+                let state = cluster.as_ref()?.state();
+                resyncs = state.resyncs;
                 commands::LoopStatus {
                     session: self.config.session,
-                    state: trouble.unwrap_or_else(|| "running".into()),
-                    clock: revision,
-                    last: Some(revision),
-                    ..commands::LoopStatus::default()
+                    state: state.trouble.unwrap_or_else(|| "running".into()),
+                    clock: state.revision,
+                    last: Some(state.revision),
+                    delivered: state.changes,
+                    in_flight: state.under_way,
+                    waiting: state.waiting,
+                    links: Vec::new(),
                 }
             }
-        };
-        let resyncs = match &self.order {
-            Order::Cluster(Some(cluster)) => cluster.state().1,
-            _ => 0,
         };
         Some(VariablesStatus {
             process: self.config.process,

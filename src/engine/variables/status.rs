@@ -19,13 +19,14 @@ pub struct VariablesStatus {
     pub strict: bool,
     /// Logical time; of an etcd cluster its revision.
     pub clock: u64,
-    /// Operations delivered here in this session.
+    /// Operations delivered here in this session; of an etcd cluster the changes.
     pub delivered: u64,
     /// Time of the last one.
     pub last: Option<u64>,
     /// Own operations that have not completed.
     pub in_flight: u64,
-    /// Operations of all processes that wait for their turn.
+    /// Operations of all processes that wait for their turn; with an etcd cluster own ones
+    /// that were not sent yet.
     pub waiting: u64,
     /// Times that all values were read anew; of an etcd cluster.
     pub resyncs: u64,

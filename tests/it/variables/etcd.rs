@@ -518,3 +518,99 @@ fn a_cluster_with_certificates() {
     assert_eq!(variables.get(0), Ok(Value::Integer(7)));
     assert!(with(false).is_err(), "without a certificate");
 }
+
+fn base64(text: &str) -> String {
+    use base64::Engine as _;
+    base64::engine::general_purpose::STANDARD.encode(text)
+}
+
+/// What another program does to the keys is seen and said as it is.
+#[test]
+fn other_programs_change_keys() {
+    if !is_there() {
+        return;
+    }
+    let folder = folder();
+    let members = cluster(folder.path(), 1);
+    let client = members[0].client;
+    let alone = party(0, &[format!("http://{client}")]);
+    let variables = &alone.variables;
+    variables.write(2, 5, PATIENCE).expect("written");
+    let key = base64("/uffd-sync/variables/v/2");
+    let remove = || {
+        let body = format!("{{\"key\":\"{key}\"}}");
+        let said = post(client, "/v3/kv/deleterange", &body);
+        assert!(said.contains("\"deleted\":\"1\""), "{said}");
+    };
+    remove();
+    let removed = variables.carry_out(2, Operation::Read, PATIENCE);
+    assert_eq!(removed.expect("read").old, Some(Value::Integer(0)));
+    let swap = |expected: i64, new: i64| {
+        let (expected, new) = (expected.into(), new.into());
+        let operation = Operation::CompareAndSwap { expected, new };
+        let done = variables
+            .carry_out(2, operation, PATIENCE)
+            .expect("decided");
+        (done.applied, done.old)
+    };
+    assert_eq!(swap(5, 6), (false, Some(Value::Integer(0))));
+    assert_eq!(swap(0, 7), (true, Some(Value::Integer(0))));
+    remove();
+    assert!(swap(0, 0).0, "an equal value is a success");
+    let body = format!("{{\"key\":\"{key}\",\"value\":\"{}\"}}", base64("seven"));
+    post(client, "/v3/kv/put", &body);
+    let error = variables.read_ordered(2, PATIENCE).expect_err("no number");
+    assert!(matches!(error, OperationError::Foreign { .. }), "{error}");
+    assert_eq!(swap(0, 7), (false, None));
+    variables.write(2, 8, PATIENCE).expect("written");
+    let held = variables.read_ordered(2, PATIENCE);
+    assert_eq!(held, Ok(Value::Integer(8)));
+    variables
+        .write(3, Value::bytes(b"end"), PATIENCE)
+        .expect("written");
+    let heard: Vec<_> = alone
+        .changes_to("end")
+        .into_iter()
+        .map(|(_, variable, _, new)| (variable, new))
+        .collect();
+    let numbers = [5, 0, 7, 0, 0, 8].map(|number| (2, Value::Integer(number)));
+    assert_eq!(heard[..6], numbers);
+    let status = variables.status().expect("an answer");
+    assert_eq!(status.delivered, 7, "{status:?}");
+}
+
+/// A cluster that was set back tells nothing of what is lost; its revisions do.
+#[test]
+fn a_cluster_that_lost_its_memory_becomes_a_resync() {
+    if !is_there() {
+        return;
+    }
+    let folder = folder();
+    let (client, peer) = (free(), free());
+    let member = Member::start(folder.path(), 0, client, &[peer]);
+    let alone = party(0, &[format!("http://{client}")]);
+    for number in 0..20 {
+        alone.variables.write(2, number, PATIENCE).expect("written");
+    }
+    let before = alone.variables.status().expect("an answer").clock;
+    drop(member);
+    std::fs::remove_dir_all(folder.path().join("m0")).expect("removed");
+    let _member = Member::start(folder.path(), 0, client, &[peer]);
+    let resync = loop {
+        match alone.heard.recv_timeout(PATIENCE).expect("a notice") {
+            Notice::Change(_) => {}
+            other => break other,
+        }
+    };
+    match resync {
+        Notice::Resync { time, values } => {
+            assert!(time < before, "{time} is not before {before}");
+            assert!(values.contains(&(2, Value::Integer(0))), "{values:?}");
+        }
+        other => panic!("{other:?} in place of a resync"),
+    }
+    assert_eq!(alone.variables.get(2), Ok(Value::Integer(0)));
+    let swapped = alone.variables.compare_and_swap(2, 0, 3, PATIENCE);
+    assert_eq!(swapped, Ok(true));
+    assert_eq!(alone.variables.get(2), Ok(Value::Integer(3)));
+}

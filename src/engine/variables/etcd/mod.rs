@@ -79,6 +79,23 @@ struct Shared {
     /// What the watch last failed with; none while it runs.
     trouble: Mutex<Option<String>>,
     resyncs: AtomicU64,
+    /// Changes delivered here.
+    changes: AtomicU64,
+    /// Operations that a worker has taken up and not completed.
+    under_way: AtomicU64,
+}
+
+/// How it goes.
+pub(super) struct ClusterState {
+    /// Revision up to which everything was delivered.
+    pub(super) revision: u64,
+    pub(super) resyncs: u64,
+    pub(super) changes: u64,
+    pub(super) under_way: u64,
+    /// Operations that no worker has taken up.
+    pub(super) waiting: u64,
+    /// What is wrong with the watch.
+    pub(super) trouble: Option<String>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -125,6 +142,8 @@ impl Cluster {
             stopping: AtomicBool::new(false),
             trouble: Mutex::default(),
             resyncs: AtomicU64::new(0),
+            changes: AtomicU64::new(0),
+            under_way: AtomicU64::new(0),
         });
         let revision = watcher::begin(&shared)?;
         let mut cluster = Self {
@@ -165,14 +184,16 @@ impl Cluster {
         self.shared.arrived.notify_one();
     }
 
-    /// Revision up to which everything was delivered, times that values were read anew,
-    /// and what is wrong with the watch.
-    pub(super) fn state(&self) -> (u64, u64, Option<String>) {
-        (
-            self.shared.delivered.load(Ordering::Relaxed),
-            self.shared.resyncs.load(Ordering::Relaxed),
-            locked(&self.shared.trouble).clone(),
-        )
+    pub(super) fn state(&self) -> ClusterState {
+        let shared = &self.shared;
+        ClusterState {
+            revision: shared.delivered.load(Ordering::Relaxed),
+            resyncs: shared.resyncs.load(Ordering::Relaxed),
+            changes: shared.changes.load(Ordering::Relaxed),
+            under_way: shared.under_way.load(Ordering::Relaxed),
+            waiting: locked(&shared.jobs).waiting.len() as u64,
+            trouble: locked(&shared.trouble).clone(),
+        }
     }
 }
 
@@ -292,10 +313,12 @@ impl Worker {
             if !job.promise.take() {
                 continue;
             }
+            self.shared.under_way.fetch_add(1, Ordering::Relaxed);
             match job.operation {
                 Operation::Read => self.read(job),
                 _ => self.change(job),
             }
+            self.shared.under_way.fetch_sub(1, Ordering::Relaxed);
         }
     }
 
@@ -342,6 +365,12 @@ impl Worker {
                 Some(kv) => (value_of(kind, &kv.value), kv.mod_revision),
                 None => (Some(kind.initial()), 0),
             };
+            if value.is_none() {
+                let variable = name(job.variable);
+                job.promise
+                    .complete(Err(OperationError::Foreign { variable, kind }));
+                return;
+            }
             let id = self.id();
             let completed = Completed {
                 key: OrderKey { time: revision, id },
@@ -371,6 +400,14 @@ impl Worker {
             if txn.succeeded {
                 self.revision = txn.header.revision;
                 let (applied, old) = self.outcome(&job, &txn);
+                if !applied && self.was_removed(&job, &txn) {
+                    // By another program; until it is made again it compares with nothing.
+                    let kind = self.shared.kinds[&job.variable];
+                    if let Err(error) = watcher::make_key(&self.shared, job.variable, kind) {
+                        self.failed(&error);
+                    }
+                    continue;
+                }
                 self.finish(job, id, applied, old);
                 return;
             }
@@ -417,11 +454,11 @@ impl Worker {
                 if inner.is_some_and(|inner| inner.succeeded) {
                     return (true, Some(expected.clone()));
                 }
-                let found = inner
-                    .and_then(|inner| inner.responses.get(1))
-                    .and_then(|part| part.response_range.as_ref())
-                    .and_then(|range| range.kvs.first());
-                (false, found.and_then(|kv| value_of(kind, &kv.value)))
+                let held = match held(txn) {
+                    Some(kv) => value_of(kind, &kv.value),
+                    None => Some(kind.initial()),
+                };
+                (false, held)
             }
             _ => {
                 let old = part
@@ -434,6 +471,15 @@ impl Worker {
                 )
             }
         }
+    }
+
+    /// Whether a compare-and-swap found no key where it would have found what it expects.
+    fn was_removed(&self, job: &Job, txn: &Txn) -> bool {
+        let initial = self.shared.kinds[&job.variable].initial();
+        let Operation::CompareAndSwap { expected, .. } = &job.operation else {
+            return false;
+        };
+        *expected == initial && held(txn).is_none()
     }
 
     fn transaction(&self, job: &Job, id: OperationId) -> Json {
@@ -470,6 +516,13 @@ impl Worker {
             "failure": [{ "request_range": { "key": mark } }],
         })
     }
+}
+
+/// What a compare-and-swap that failed found; none if there is no key.
+fn held(txn: &Txn) -> Option<&gateway::KeyValue> {
+    let inner = txn.responses.first()?.response_txn.as_ref()?;
+    let range = inner.responses.get(1)?.response_range.as_ref()?;
+    range.kvs.first()
 }
 
 /// The kind of a variable that this process subscribes to.

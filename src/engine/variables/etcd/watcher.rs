@@ -11,7 +11,7 @@ use super::super::hearing::{Change, Notice};
 use super::gateway::{Change as Told, ClusterError, KeyValue, Watched, encoded};
 use super::mark::Mark;
 use super::{Shared, change_key, kind_of, locked, name, text_of, value_of};
-use crate::ordered::Value;
+use crate::ordered::{Value, ValueType};
 
 /// Silence after which the watch is begun anew, at the next endpoint: a member that was
 /// stopped says nothing, not even that.
@@ -41,16 +41,25 @@ pub(super) fn begin(shared: &Shared) -> Result<u64, ClusterError> {
     }
 }
 
-/// A comparison by value never holds for a key that does not exist.
 fn make_keys(shared: &Shared) -> Result<(), ClusterError> {
-    for (&variable, kind) in &shared.kinds {
-        let key = encoded(&shared.value_key(variable));
-        let value = encoded(&text_of(&kind.initial()));
-        shared.gateway.txn(&json!({
-            "compare": [{ "key": key, "target": "VERSION", "result": "EQUAL", "version": "0" }],
-            "success": [{ "request_put": { "key": key, "value": value } }],
-        }))?;
+    for (&variable, &kind) in &shared.kinds {
+        make_key(shared, variable, kind)?;
     }
+    Ok(())
+}
+
+/// A comparison by value never holds for a key that does not exist.
+pub(super) fn make_key(
+    shared: &Shared,
+    variable: u32,
+    kind: ValueType,
+) -> Result<(), ClusterError> {
+    let key = encoded(&shared.value_key(variable));
+    let value = encoded(&text_of(&kind.initial()));
+    shared.gateway.txn(&json!({
+        "compare": [{ "key": key, "target": "VERSION", "result": "EQUAL", "version": "0" }],
+        "success": [{ "request_put": { "key": key, "value": value } }],
+    }))?;
     Ok(())
 }
 
@@ -111,6 +120,15 @@ fn watch(shared: &Shared, revision: &mut u64) -> Result<(), ClusterError> {
         let told = shared.gateway.next(&mut watch)?;
         if told.created {
             *locked(&shared.trouble) = None;
+            // A member that lags behind says so, too; the read is linearisable.
+            if told.header.revision < *revision && went_back(shared, *revision)? {
+                tracing::error!(
+                    revision = *revision,
+                    "the etcd cluster is behind what it had told: it lost its memory, or was \
+                     restored from a backup"
+                );
+                return resync(shared, revision);
+            }
         }
         if told.compact_revision > 0 {
             return resync(shared, revision);
@@ -123,17 +141,29 @@ fn watch(shared: &Shared, revision: &mut u64) -> Result<(), ClusterError> {
     Ok(())
 }
 
-/// Changes were compacted away: what everything is now, in place of them.
+/// Whether the cluster has not come as far as it had told.
+fn went_back(shared: &Shared, revision: u64) -> Result<bool, ClusterError> {
+    let range = shared.gateway.range(shared.prefix.as_bytes(), None)?;
+    Ok(range.header.revision < revision)
+}
+
+/// Changes were compacted away, or undone: what everything is now, in place of them.
 fn resync(shared: &Shared, revision: &mut u64) -> Result<(), ClusterError> {
+    make_keys(shared)?;
     let (read, values) = read_all(shared)?;
     shared.resyncs.fetch_add(1, Ordering::Relaxed);
-    tracing::warn!(from = *revision, to = read, "etcd compacted changes away");
+    tracing::warn!(
+        from = *revision,
+        to = read,
+        "all values are read anew from etcd"
+    );
     wait_for_room(shared);
     shared.hearing.deliver(Notice::Resync {
         time: read,
         values: values.into_iter().collect(),
     });
     *revision = read;
+    shared.delivered.store(read, Ordering::Release);
     shared.advance(read);
     Ok(())
 }
@@ -160,6 +190,7 @@ fn deliver(shared: &Shared, told: &Watched, revision: &mut u64) {
         }
         for notice in notices(shared, at, together) {
             wait_for_room(shared);
+            shared.changes.fetch_add(1, Ordering::Relaxed);
             shared.hearing.deliver(notice);
         }
         *revision = at;
