@@ -614,3 +614,34 @@ fn a_cluster_that_lost_its_memory_becomes_a_resync() {
     assert_eq!(swapped, Ok(true));
     assert_eq!(alone.variables.get(2), Ok(Value::Integer(3)));
 }
+
+/// Those that one process begins on one variable keep their order, whoever carries them.
+#[test]
+fn operations_on_one_variable_keep_their_order() {
+    if !is_there() {
+        return;
+    }
+    let folder = folder();
+    let members = cluster(folder.path(), 1);
+    let alone = party(0, &[format!("http://{}", members[0].client)]);
+    let begin = |variable, value| {
+        let operation = Operation::Write(value);
+        alone.variables.begin(variable, operation).expect("begun")
+    };
+    let under_way: Vec<_> = (1..=100)
+        .flat_map(|number| [0, 2].map(|variable| begin(variable, Value::Integer(number))))
+        .collect();
+    for pending in under_way {
+        pending.wait(PATIENCE).expect("written");
+    }
+    begin(3, Value::bytes(b"end"))
+        .wait(PATIENCE)
+        .expect("written");
+    let heard = alone.changes_to("end");
+    for variable in [0, 2] {
+        let of = heard.iter().filter(|change| change.1 == variable);
+        let values: Vec<_> = of.map(|change| change.3.clone()).collect();
+        let expected: Vec<_> = (1..=100).map(Value::Integer).collect();
+        assert_eq!(values, expected, "variable {variable}");
+    }
+}

@@ -14,14 +14,16 @@
 //!   mark with the revision that this worker knows. An earlier one that is still on its
 //!   way finds the mark changed, and one that was carried out is found by its mark.
 //! - I2: values never hold the mark, so equal values stay equal.
-//! - I3: changes are delivered in the order of their revisions, each once; where etcd has
+//! - I3: of the operations of this process on one variable one is under way at a time, so
+//!   they keep their order.
+//! - I4: changes are delivered in the order of their revisions, each once; where etcd has
 //!   compacted them away, all values are read anew and [`Notice::Resync`] says so.
 
 mod gateway;
 mod mark;
 mod watcher;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
@@ -56,7 +58,21 @@ struct Job {
 #[derive(Default)]
 struct Jobs {
     waiting: VecDeque<Job>,
+    /// Variables that a worker is busy with.
+    taken: BTreeSet<u32>,
     closed: bool,
+}
+
+impl Jobs {
+    /// The first operation on a variable that no worker is busy with.
+    fn take(&mut self) -> Option<Job> {
+        let taken = &self.taken;
+        let free = |job: &Job| !taken.contains(&job.variable);
+        let at = self.waiting.iter().position(free)?;
+        let job = self.waiting.remove(at)?;
+        self.taken.insert(job.variable);
+        Some(job)
+    }
 }
 
 /// Completed operations that wait until their change was delivered here, by revision.
@@ -310,15 +326,18 @@ impl Worker {
 
     fn run(mut self) {
         while let Some(job) = self.next() {
-            if !job.promise.take() {
-                continue;
+            let variable = job.variable;
+            if job.promise.take() {
+                self.shared.under_way.fetch_add(1, Ordering::Relaxed);
+                match job.operation {
+                    Operation::Read => self.read(job),
+                    _ => self.change(job),
+                }
+                self.shared.under_way.fetch_sub(1, Ordering::Relaxed);
             }
-            self.shared.under_way.fetch_add(1, Ordering::Relaxed);
-            match job.operation {
-                Operation::Read => self.read(job),
-                _ => self.change(job),
-            }
-            self.shared.under_way.fetch_sub(1, Ordering::Relaxed);
+            locked(&self.shared.jobs).taken.remove(&variable);
+            // This worker takes one itself, and another may have been passed over.
+            self.shared.arrived.notify_one();
         }
     }
 
@@ -328,7 +347,7 @@ impl Worker {
             if jobs.closed {
                 return None;
             }
-            if let Some(job) = jobs.waiting.pop_front() {
+            if let Some(job) = jobs.take() {
                 return Some(job);
             }
             let woken = self.shared.arrived.wait(jobs);
