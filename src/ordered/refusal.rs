@@ -47,9 +47,9 @@ pub enum SubmitError {
 /// Why a component delivers nothing any more.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum StopReason {
-    /// A member started again without what it knew.
+    /// A member started again without what it knew, or a second one has its number.
     #[error(
-        "unavailable: process {process} lost its memory; start all processes anew under a higher session (`uffd-sync var reset`)"
+        "unavailable: process {process} lost its memory, or runs twice; start all processes anew under a higher session (`uffd-sync var reset`)"
     )]
     LostMemory {
         /// Which.

@@ -173,16 +173,44 @@ impl Subscriptions {
     /// The processes that are joined to `process` by variables that share any
     /// subscriber, itself included; empty if it subscribes to nothing.
     pub fn component(&self, process: ProcessId) -> BTreeSet<ProcessId> {
-        let mut joined: BTreeSet<ProcessId> = BTreeSet::new();
-        if let Some(variable) = self.of(process).next() {
-            joined.extend(self.joined(variable, 1));
+        let first = self.first_of_components();
+        let Some(own) = first.get(&process) else {
+            return BTreeSet::new();
+        };
+        let joined = first.iter().filter(|(_, first)| *first == own);
+        joined.map(|(process, _)| *process).collect()
+    }
+
+    /// The smallest process of each process's component.
+    fn first_of_components(&self) -> BTreeMap<ProcessId, ProcessId> {
+        let all = self.processes().into_iter();
+        let mut first: BTreeMap<_, _> = all.map(|process| (process, process)).collect();
+        // Each round carries it over one more variable; there are at most as many rounds
+        // as processes.
+        let mut changed = true;
+        while changed {
+            changed = false;
+            for variable in self.variables.values() {
+                let of = variable.subscribers.iter();
+                let Some(&smallest) = of.filter_map(|process| first.get(process)).min() else {
+                    continue;
+                };
+                for process in &variable.subscribers {
+                    changed |= first.insert(*process, smallest) != Some(smallest);
+                }
+            }
         }
-        joined
+        first
     }
 
     /// The sequencer of each variable: the smallest process of its component, where two
     /// variables belong together if they share at least `shared` subscribers.
     pub(super) fn sequencers(&self, shared: usize) -> BTreeMap<VariableId, ProcessId> {
+        if shared == 1 {
+            let first = self.first_of_components();
+            let of = |v: &Variable| Some((v.id, *first.get(v.subscribers.first()?)?));
+            return self.variables.values().filter_map(of).collect();
+        }
         let mut sequencers = BTreeMap::new();
         for variable in self.variables.values() {
             if let Some(&first) = self.joined(variable, shared).first() {
@@ -249,6 +277,24 @@ mod tests {
         assert_eq!(any, [0, 0, 0, 7]);
         let two: Vec<_> = ring.sequencers(2).into_values().map(|p| p.0).collect();
         assert_eq!(two, [0, 1, 0, 7], "each pair on its own");
+    }
+
+    /// Time in the square of their number would be minutes, in its cube days.
+    #[test]
+    fn as_many_variables_as_there_may_be_are_joined_at_once() {
+        let begun = std::time::Instant::now();
+        let chain: Vec<[u32; 2]> = (0..MAX_VARIABLES as u32)
+            .map(|id| [id % 30, id % 30 + 1])
+            .collect();
+        let chain: Vec<&[u32]> = chain.iter().rev().map(|pair| &pair[..]).collect();
+        let all = subscriptions(&chain);
+        let sequencers = all.sequencers(1);
+        assert_eq!(sequencers.len() as u64, MAX_VARIABLES);
+        assert!(sequencers.values().all(|first| *first == ProcessId(0)));
+        assert_eq!(all.component(ProcessId(30)).len(), 31);
+        assert_eq!(all.peers(ProcessId(0), OrderKind::Sequencer).len(), 30);
+        let took = begun.elapsed();
+        assert!(took < std::time::Duration::from_secs(20), "{took:?}");
     }
 
     #[test]

@@ -25,6 +25,7 @@
 //!   everywhere is compared when two processes meet; addresses may differ, since a host
 //!   may be reached by several.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::IpAddr;
 use std::path::PathBuf;
@@ -502,19 +503,17 @@ impl VariablesConfig {
     }
 
     fn check_variables(&self) -> Result<(), VariablesError> {
-        for (at, one) in self.variables.iter().enumerate() {
-            for other in &self.variables[..at] {
-                let what = if other.id == one.id {
-                    format!("id {}", one.id)
-                } else if other.name == one.name {
-                    format!("name {}", one.name)
-                } else {
-                    continue;
-                };
-                return Err(VariablesError::Twice {
-                    key: "variable",
-                    what: what.into(),
-                });
+        let (mut ids, mut names) = (BTreeSet::new(), BTreeSet::new());
+        for one in &self.variables {
+            let twice = |what: String| VariablesError::Twice {
+                key: "variable",
+                what: what.into(),
+            };
+            if !ids.insert(one.id) {
+                return Err(twice(format!("id {}", one.id)));
+            }
+            if !names.insert(one.name.as_str()) {
+                return Err(twice(format!("name {}", one.name)));
             }
             if one.subscribers.is_empty() {
                 let name = one.name.clone();
@@ -635,6 +634,23 @@ mod tests {
             let error = parse(&text.replace(from, to)).expect_err(to);
             assert!(error.contains(said), "{to}: {error}");
         }
+    }
+
+    /// Time in the square of their number would be minutes.
+    #[test]
+    fn as_many_variables_as_there_may_be_are_checked_at_once() {
+        let begun = std::time::Instant::now();
+        let mut config = VariablesConfig::new(0).member(0, Address::Unix("/a".into()));
+        for id in (0..limits::MAX_VARIABLES as u32).rev() {
+            let name = format!("v{id}").parse().expect("a name");
+            config = config.variable(id, name, ValueKind::I64, [0]);
+        }
+        config.check().expect("valid");
+        let took = begun.elapsed();
+        assert!(took < std::time::Duration::from_secs(20), "{took:?}");
+        let name = "one-more".parse().expect("a name");
+        let more = config.variable(u32::MAX, name, ValueKind::I64, [0]).check();
+        assert!(matches!(more, Err(VariablesError::Bounds { .. })));
     }
 
     #[test]
