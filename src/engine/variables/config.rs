@@ -39,6 +39,11 @@ use crate::words::RegionName;
 /// The commented default that `uffd-sync var init` prints; it loads as it stands.
 pub const DEFAULT_FILE: &str = include_str!("default.toml");
 
+/// Least time for one request to an etcd cluster; a shorter one is over before it is sent.
+const MIN_TIMEOUT_MS: u64 = 10;
+/// Greatest one: the end of a process waits for the requests that are under way.
+const MAX_TIMEOUT_MS: u64 = 60_000;
+
 /// How the order of all operations is agreed on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -198,7 +203,8 @@ pub struct EtcdConfig {
     pub user: Option<String>,
     /// File whose first line is that user's password.
     pub password_file: Option<PathBuf>,
-    /// Time for one request before the next endpoint is tried, in milliseconds. Default: 1000.
+    /// Time for one request before the next endpoint is tried, in milliseconds, 10 to
+    /// 60,000. Default: 1000.
     pub timeout_ms: Option<u64>,
 }
 
@@ -336,6 +342,20 @@ pub enum VariablesError {
     /// The order needs a cluster and none is named, or the other way round.
     #[error("order = \"etcd\" and a table [variables.etcd] with endpoints go together")]
     Cluster,
+    /// Two keys of the cluster's table of which only one is there.
+    #[error("etcd.{one} and etcd.{other} go together, and only one of them is there")]
+    Pair {
+        /// One key.
+        one: &'static str,
+        /// The other one.
+        other: &'static str,
+    },
+    /// Certificates where nothing is encrypted.
+    #[error(
+        "etcd.ca, etcd.cert and etcd.key are for https:// endpoints, and none of the endpoints is \
+         one: nothing would be encrypted"
+    )]
+    Plain,
     /// An endpoint that is none.
     #[error("etcd.endpoints: {endpoint:?}: write http://HOST:PORT or https://HOST:PORT")]
     Endpoint {
@@ -539,11 +559,41 @@ impl VariablesConfig {
                     Some(endpoint) => Err(VariablesError::Endpoint {
                         endpoint: endpoint.as_str().into(),
                     }),
-                    None => Ok(()),
+                    None => self.etcd.as_ref().map_or(Ok(()), EtcdConfig::check),
                 }
             }
             (_, Some(_)) => Err(VariablesError::Cluster),
             (_, None) => Ok(()),
+        }
+    }
+}
+
+impl EtcdConfig {
+    /// Nothing that was written may be without effect.
+    fn check(&self) -> Result<(), VariablesError> {
+        let (user, password) = (self.user.is_some(), self.password_file.is_some());
+        let (cert, key) = (self.cert.is_some(), self.key.is_some());
+        for (one, other, differ) in [
+            ("user", "password_file", user != password),
+            ("cert", "key", cert != key),
+        ] {
+            if differ {
+                return Err(VariablesError::Pair { one, other });
+            }
+        }
+        let encrypted = self.endpoints.iter().any(|url| url.starts_with("https://"));
+        if (cert || self.ca.is_some()) && !encrypted {
+            return Err(VariablesError::Plain);
+        }
+        let (least, most) = (MIN_TIMEOUT_MS, MAX_TIMEOUT_MS);
+        match self.timeout_ms {
+            Some(value) if !(least..=most).contains(&value) => Err(VariablesError::Bounds {
+                key: "etcd.timeout_ms",
+                value,
+                least,
+                most,
+            }),
+            _ => Ok(()),
         }
     }
 }
@@ -682,6 +732,28 @@ mod tests {
         let etcd = config.etcd.expect("the table was read");
         assert_eq!(etcd.prefix(), "/uffd-sync/variables/");
         assert!(with("[]").is_err());
+        for (line, said) in [
+            (
+                "user = \"a\"",
+                "etcd.user and etcd.password_file go together",
+            ),
+            (
+                "password_file = \"/a\"",
+                "etcd.user and etcd.password_file go together",
+            ),
+            ("key = \"/a\"", "etcd.cert and etcd.key go together"),
+            ("ca = \"/a\"", "nothing would be encrypted"),
+            (
+                "timeout_ms = 9",
+                "etcd.timeout_ms = 9: must be within 10 ..= 60000",
+            ),
+            ("timeout_ms = 60001", "must be within"),
+        ] {
+            let error = with(&format!("[\"http://127.0.0.1:2379\"]\n{line}")).expect_err(line);
+            assert!(error.contains(said), "{line}: {error}");
+        }
+        let both = "ca = \"/a\"\ncert = \"/b\"\nkey = \"/c\"\ntimeout_ms = 60000";
+        with(&format!("[\"https://127.0.0.1:2379\"]\n{both}")).expect("valid");
         assert!(
             with("[\"127.0.0.1:2379\"]")
                 .expect_err("no scheme")

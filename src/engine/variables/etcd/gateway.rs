@@ -230,7 +230,7 @@ impl Gateway {
             }
             _ => None,
         };
-        let timeout = Duration::from_millis(config.timeout_ms.unwrap_or(1_000).max(10));
+        let timeout = Duration::from_millis(config.timeout_ms.unwrap_or(1_000));
         let agent = Agent::config_builder()
             .http_status_as_error(false)
             .timeout_connect(Some(CONNECT_DEADLINE.min(timeout)))
