@@ -25,7 +25,8 @@ pub struct VariableId(pub u32);
 #[serde(transparent)]
 pub struct Incarnation(pub u64);
 
-/// One operation, unique for ever: who asked for it, in which life, as its how manieth.
+/// One operation, unique within its session: who asked for it, in which life, as its how
+/// manieth. A life that goes on in a new session counts from 1 again, at later times.
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
 )]
@@ -34,7 +35,7 @@ pub struct OperationId {
     pub initiator: ProcessId,
     /// That process's life.
     pub incarnation: Incarnation,
-    /// Counts the operations of that life from 1.
+    /// Counts the operations of that life in its session from 1.
     pub number: u64,
 }
 

@@ -534,7 +534,7 @@ impl<R: Rules> World<R> {
             .map(|life| {
                 (
                     life.log.process,
-                    life.process.last_key(),
+                    life.process.progress(),
                     life.process.state(),
                 )
             })

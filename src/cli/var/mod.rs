@@ -6,6 +6,7 @@ mod demo;
 pub(super) mod party;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
@@ -328,10 +329,24 @@ fn renew(path: &Path, saved: &[serde_json::Value]) -> anyhow::Result<u64> {
     }
 }
 
+/// Makes the file first, so that nobody is stopped for a path that cannot be written; and
+/// never in place of one that is there, which may know more than a node that restarted.
 fn save_to(node: &NodeAt, path: &Path) -> anyhow::Result<()> {
-    let saved = freeze(&node.path())?;
-    let text = serde_json::to_vec_pretty(&saved)?;
-    std::fs::write(path, text).with_context(|| format!("writing {}", path.display()))
+    let made = std::fs::File::create_new(path);
+    let mut file = made.map_err(|error| {
+        let path = path.display();
+        BadInput(format!("creating {path}: {error}; nothing was stopped"))
+    })?;
+    let written = freeze(&node.path()).and_then(|saved| {
+        let text = serde_json::to_vec_pretty(&saved)?;
+        let whole = file.write_all(&text).and_then(|()| file.sync_all());
+        whole.with_context(|| format!("writing {}", path.display()))
+    });
+    if written.is_err() {
+        // Empty or cut short it is of no use, and in the way of the next attempt.
+        let _ = std::fs::remove_file(path);
+    }
+    written
 }
 
 fn load_from(node: &NodeAt, files: &[std::path::PathBuf]) -> anyhow::Result<()> {

@@ -163,6 +163,8 @@ struct Queue {
 /// What is known and who wants to know.
 pub(super) struct Hearing {
     values: Mutex<BTreeMap<u32, Value>>,
+    /// Why nothing changes any more, if so; for streams that begin after that was told.
+    unavailable: Mutex<Option<StopReason>>,
     streams: Mutex<Vec<Weak<StreamSlot>>>,
     queue: Mutex<Queue>,
     grown: Condvar,
@@ -174,6 +176,7 @@ impl Hearing {
     pub(super) fn new(values: BTreeMap<u32, Value>, called_back: bool) -> Self {
         Self {
             values: Mutex::new(values),
+            unavailable: Mutex::default(),
             streams: Mutex::default(),
             queue: Mutex::default(),
             grown: Condvar::new(),
@@ -195,7 +198,8 @@ impl Hearing {
         locked(&self.values).clone()
     }
 
-    /// A stream of the notices about some variables, or about all.
+    /// A stream of the notices about some variables, or about all. Where nothing changes
+    /// any more, that is the first thing it says.
     pub(super) fn subscribe(&self, wanted: Option<Vec<u32>>, capacity: usize) -> Subscription {
         let most = limits::MAX_STREAM_NOTICES as usize;
         let slot = Arc::new(StreamSlot {
@@ -206,6 +210,8 @@ impl Hearing {
         });
         // Under the lock of the values, as deliveries are: none is heard half.
         let _values = locked(&self.values);
+        let unavailable = locked(&self.unavailable).map(Notice::Unavailable);
+        locked(&slot.state).notices.extend(unavailable);
         let mut streams = locked(&self.streams);
         // Those that were dropped since the last delivery are not kept until the next.
         streams.retain(|stream| stream.strong_count() > 0);
@@ -221,8 +227,11 @@ impl Hearing {
             Notice::Change(change) => {
                 values.insert(change.variable, change.new.clone());
             }
-            Notice::Resync { values: all, .. } => values.extend(all.iter().cloned()),
-            Notice::Unavailable(_) => {}
+            Notice::Resync { values: all, .. } => {
+                values.extend(all.iter().cloned());
+                *locked(&self.unavailable) = None;
+            }
+            Notice::Unavailable(reason) => *locked(&self.unavailable) = Some(*reason),
         }
         self.stream(&notice);
         drop(values);
@@ -382,6 +391,24 @@ mod tests {
         let teller = std::thread::spawn(move || there.deliver(change(0, 1)));
         assert_eq!(stream.next_within(Duration::MAX), Ok(Some(change(0, 1))));
         teller.join().expect("no panic");
+    }
+
+    #[test]
+    fn who_comes_late_hears_that_nothing_changes_any_more() {
+        let hearing = hearing();
+        let process = ProcessId(2);
+        let stopped = Notice::Unavailable(StopReason::LostMemory { process });
+        hearing.deliver(stopped.clone());
+        let mut late = hearing.subscribe(Some(vec![1]), 1);
+        assert_eq!(late.next_within(Duration::ZERO), Ok(Some(stopped)));
+        let resync = Notice::Resync {
+            time: 5,
+            values: vec![(1, Value::Integer(9))],
+        };
+        hearing.deliver(resync.clone());
+        assert_eq!(late.next_within(Duration::ZERO), Ok(Some(resync)));
+        let mut later = hearing.subscribe(None, 1);
+        assert_eq!(later.next_within(Duration::ZERO), Ok(None));
     }
 
     #[test]

@@ -222,8 +222,9 @@ impl Variables {
     /// process subscribes to, from one thread, in the order that all processes hear them
     /// in; it may use [`Variables::get`], and an ordered call in it is an error.
     ///
-    /// Operations may be asked for at once: they complete when all subscribers of their
-    /// variable are there.
+    /// Operations may be asked for at once: they complete once every process that shares
+    /// any variable with this one has been there, and each of these has met all of its own;
+    /// from then on their variable's subscribers are enough.
     ///
     /// # Errors
     /// [`StartError`]; nothing is left running then.

@@ -1,10 +1,9 @@
 //! Nodes that are members, and the commands that use them.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 
 use std::io::{BufRead, BufReader, Read};
-use std::time::Instant;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -218,6 +217,13 @@ fn a_reset_that_forgets_a_member_stops_nobody() {
     }
     let words = ["reset", "--with", &with[1], "--with", &absent];
     fails(&all[0], &words, 1, "no node answers at");
+    let kept = folder.path().join("kept.json");
+    std::fs::write(&kept, "{}").expect("written");
+    for path in [&kept, &folder.path().join("none").join("a.json")] {
+        let words = ["reset", "--save", &path.display().to_string()];
+        fails(&all[0], &words, 2, "nothing was stopped");
+    }
+    assert_eq!(std::fs::read(&kept).expect("still there"), b"{}");
     for one in &all {
         let status = done(one, &["status"]);
         assert!(status.contains("session 1  running"), "{status}");
@@ -370,7 +376,7 @@ fn a_watch_is_told_that_its_node_ends() {
 /// A process of the demonstration that dies is noticed at once.
 #[test]
 fn a_demonstration_ends_with_its_processes() {
-    let mut demo = Command::new(BINARY)
+    let demo = Command::new(BINARY)
         .args(["var", "demo", "--operations", "1000000"])
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
@@ -386,12 +392,43 @@ fn a_demonstration_ends_with_its_processes() {
         (all.len() == 3).then(|| all[1])
     });
     kill(Pid::from_raw(child), Signal::SIGKILL).expect("a living child");
-    let begun = Instant::now();
-    let status = await_exit(&mut demo, PATIENCE).expect("it ends");
+    let text = fails_in_time(demo);
+    assert!(text.contains("ended before it was told to"), "{text}");
+}
+
+/// A watch that begins once nothing changes any more is told so, and does not wait.
+#[test]
+fn a_watch_that_comes_late_ends_as_well() {
+    let folder = folder();
+    let mut all: Vec<_> = (0..3).map(|id| node(folder.path(), id)).collect();
+    done(&all[0], &["set", "label", "1"]);
+    all.remove(2).kill();
+    all.push(node(folder.path(), 2));
+    await_that("the loss is noticed", || {
+        done(&all[0], &["status"]).contains("lost its memory")
+    });
+    let watch = Command::new(BINARY)
+        .args(["var", "watch", "--socket"])
+        .arg(all[0].socket())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .expect("the command runs");
+    let text = fails_in_time(watch);
+    assert!(text.contains("unavailable"), "{text}");
+}
+
+/// What a command said that fails by itself; it is killed if it does not end.
+#[track_caller]
+fn fails_in_time(mut child: Child) -> String {
+    let Some(status) = await_exit(&mut child, PATIENCE) else {
+        child.kill().expect("a living child");
+        child.wait().expect("killed");
+        panic!("it goes on");
+    };
     let mut text = String::new();
-    let stderr = demo.stderr.as_mut().expect("a pipe");
+    let stderr = child.stderr.as_mut().expect("a pipe");
     stderr.read_to_string(&mut text).expect("text");
     assert_eq!(status.code(), Some(1), "{text}");
-    assert!(text.contains("ended before it was told to"), "{text}");
-    assert!(begun.elapsed() < PATIENCE, "at once");
+    text
 }
