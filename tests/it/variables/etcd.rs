@@ -1,6 +1,6 @@
 //! Order by an etcd cluster: Debian's etcd, one member and three, killed and stopped.
 
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{self, Receiver};
@@ -13,6 +13,7 @@ use uffd_sync::client::variables::{
     VariablesConfig,
 };
 
+use super::free;
 use super::linear::{Answer, Call, is_linearisable};
 use super::relay::Relay;
 use crate::nodes::{await_that, folder};
@@ -31,11 +32,6 @@ fn is_there() -> bool {
         let _ = std::io::stderr().write_all(b"SKIP etcd is missing: apt-get install etcd-server\n");
     }
     there
-}
-
-fn free() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("bound")
 }
 
 /// One member, killed and reaped when dropped.

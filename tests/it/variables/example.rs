@@ -1,7 +1,6 @@
 //! The documented example, run: what each of the three processes prints, and in which
 //! order.
 
-use std::net::TcpListener;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -9,6 +8,7 @@ use uffd_sync::client::variables::{
     Address, Notice, OperationError, SubmitError, ValueKind, Variables, VariablesConfig,
 };
 
+use super::free;
 use crate::nodes::await_that;
 
 const DEADLINE: Duration = Duration::from_secs(30);
@@ -49,8 +49,7 @@ fn start(process: u32, ports: &[u16; 3]) -> (Variables, Printed) {
 
 #[test]
 fn the_documented_example_prints_the_same_order_everywhere() {
-    let listeners = [(); 3].map(|()| TcpListener::bind("127.0.0.1:0").expect("a free port"));
-    let ports = listeners.map(|it| it.local_addr().expect("an address").port());
+    let ports = [(); 3].map(|()| free().port());
     let parties: Vec<_> = (0..3).map(|process| start(process, &ports)).collect();
 
     let dsm = &parties[0].0;

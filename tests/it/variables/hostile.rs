@@ -1,7 +1,7 @@
 //! Peers that do not keep to anything: each ends its own connection, and the others go on.
 
 use std::io::{Read, Write};
-use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,12 +11,9 @@ use uffd_sync::ordered::{
     Process, ProcessId, Start, Subscriptions, Value, ValueType, Variable, VariableId,
 };
 
-const PATIENCE: Duration = Duration::from_secs(30);
+use super::free;
 
-fn free() -> SocketAddr {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a free port");
-    listener.local_addr().expect("bound")
-}
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Three members; 0 and 1 share variable 0, 0 and 2 share variable 1; 0 and 1 are real.
 fn config(process: u32, addresses: &[SocketAddr]) -> VariablesConfig {

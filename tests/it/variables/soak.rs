@@ -2,12 +2,12 @@
 //! processes stopped; then all that they heard has to be one order.
 
 use std::fmt::Write as _;
-use std::net::TcpListener;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use uffd_sync::ordered::{ProcessId, Subscriptions, ValueType, Variable, VariableId};
 
+use super::free;
 use super::party::{Party, verify};
 use super::relay::Relay;
 use crate::nodes::{folder, long};
@@ -42,11 +42,7 @@ fn table(order: &str, addresses: &[String]) -> String {
 
 /// Free addresses, all different.
 fn addresses() -> Vec<String> {
-    let listeners: Vec<_> = (0..3)
-        .map(|_| TcpListener::bind("127.0.0.1:0").expect("a free port"))
-        .collect();
-    let address = |one: &TcpListener| one.local_addr().expect("bound").to_string();
-    listeners.iter().map(address).collect()
+    (0..3).map(|_| free().to_string()).collect()
 }
 
 fn soak(order: &str, operations: u64) {
