@@ -254,8 +254,6 @@ fn a_peer_that_tells_receipts_of_what_it_never_took_is_cut_off() {
     let real = real();
     real.is_well();
     let mut stream = connect(real.address);
-    nix::sys::socket::setsockopt(&stream, nix::sys::socket::sockopt::RcvBuf, &4096)
-        .expect("a TCP socket");
     stream
         .set_write_timeout(Some(PATIENCE))
         .expect("a TCP socket");
