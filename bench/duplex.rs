@@ -6,7 +6,7 @@
 //! | `adaptive-*` | parking at once | <= 1.1x in every placement |
 //! | `hot-64B` | one cache line's round trip; iceoryx2 polling | near <= 1.15x, >= 6x less; far <= 1.3x, >= 4.5x |
 //! | `hot-64B-vs-bare-64B`, `hot-64B-bytes-vs-bare-64B` | the same 64 bytes behind one polled word, bare | <= 1.2x |
-//! | `batch-64` | a round trip of one cache line per request | <= 0.06x |
+//! | `batch-64` (one frame), `batch-64-of-slots` (one kick) | a round trip of one cache line per request | <= 0.06x |
 //! | `hot-1MiB-bytes` | the computation alone, iceoryx2, a Unix socket | near <= 1.25x, >= 3x, >= 15x less |
 //! | `*-vs-two-buffers` | two rings of the same size, waiting alike | parked >= 1.15x, one byte >= 1.8x; hot >= 1.6x, >= 3x |
 //! | `killed` | a bare wait for the robust futex of the same process | <= 1.5x |

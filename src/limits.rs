@@ -260,6 +260,8 @@ limits! {
     MAX_CHANNEL_METADATA = MIB, Bytes;
     /// Longest text of a handler's error that reaches the client.
     MAX_CHANNEL_ERROR_BYTES = 256, Bytes;
+    /// Requests in one batch of a channel; one worker has them all, and nobody else's turn comes before.
+    MAX_BATCH_ITEMS = 4_096, Count;
     /// Worker threads of one channel.
     MAX_CHANNEL_WORKERS = 64, Count;
     /// Time that a channel's side polls before it sleeps; longer stretches cost more than a wake-up.

@@ -19,6 +19,8 @@ pub(crate) const ROLE: &str = "in-place";
 
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
 const METADATA: u64 = 4096;
+/// Most requests of one frame.
+const MOST_ITEMS: usize = 64;
 /// Words of the requests that lie in their slot.
 const SMALL_WORDS: usize = 8;
 
@@ -289,6 +291,68 @@ impl Variant for Batches {
             cpu_ns: f64::NAN,
         })
     }
+}
+
+/// The same requests as one frame.
+struct Frames {
+    pair: Pair,
+    size: u64,
+    next: u64,
+    words: Vec<[u8; 8]>,
+}
+
+impl Frames {
+    fn batch(&mut self) -> anyhow::Result<()> {
+        for (at, bytes) in (self.next..).zip(&mut self.words) {
+            let mut word = [0];
+            fill(&mut word, at);
+            *bytes = word[0].to_le_bytes();
+        }
+        let mut items = [&[][..]; MOST_ITEMS];
+        for (item, bytes) in items.iter_mut().zip(&self.words) {
+            *item = bytes;
+        }
+        let items = &items[..self.words.len()];
+        let answers = self.pair.client.call_batch(items, PATIENCE)?;
+        for (seq, answer) in (self.next..).zip(answers.items()) {
+            let mut word = [0u64];
+            answer?.read(0, word.as_mut_bytes())?;
+            ensure!(Touch::One.is_answer(&word, seq), "response {seq} is wrong");
+        }
+        self.next += self.size;
+        Ok(())
+    }
+}
+
+impl Variant for Frames {
+    /// As of [`Batches`].
+    fn turn(&mut self, turn: Turn) -> anyhow::Result<Measured> {
+        self.pair.wake()?;
+        let batches = turn.calls / self.size;
+        let started = Instant::now();
+        for _ in 0..batches {
+            self.batch()?;
+        }
+        let together = started.elapsed();
+        self.pair.rest()?;
+        Ok(Measured {
+            per_call_ns: per(together, batches * self.size),
+            latencies: Latencies::new()?,
+            cpu_ns: f64::NAN,
+        })
+    }
+}
+
+/// Frames of `size` requests, at most [`MOST_ITEMS`], with a server that spins.
+pub(crate) fn frames(placement: Placement, size: u64) -> anyhow::Result<Box<dyn Variant>> {
+    let pair = Pair::start(placement, Waiting::Spin, MIB, Job::new(8, Touch::One))?;
+    ensure!(size as usize <= MOST_ITEMS, "{size} requests in a frame");
+    Ok(Box::new(Frames {
+        pair,
+        size,
+        next: 1,
+        words: vec![[0; 8]; size as usize],
+    }))
 }
 
 /// Batches of `size` requests, with a server that spins.

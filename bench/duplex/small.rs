@@ -160,6 +160,8 @@ pub(crate) const CASES_HOT: &[&str] = &[
     "batch-64/two-cores",
     "hot-64B-vs-bare-64B/two-cores",
     "hot-64B-bytes-vs-bare-64B/two-cores",
+    "batch-8-of-slots/two-cores",
+    "batch-64-of-slots/two-cores",
 ];
 
 pub(crate) fn run_hot(options: &Options) -> anyhow::Result<Vec<Outcome>> {
@@ -185,7 +187,11 @@ pub(crate) fn run_hot(options: &Options) -> anyhow::Result<Vec<Outcome>> {
     let two = two_buffers::variant(placement, Wait::Spin, RING, bytes)?;
     let two = contest.enter("two buffers, polling", Ok(two), POLLING_OTHERS)?;
     let mut batches = Vec::new();
-    for (name, size) in [("batch of 1", 1), ("batch of 8", 8), ("batch of 64", 64)] {
+    for (name, size) in [("frame of 1", 1), ("frame of 8", 8), ("frame of 64", 64)] {
+        let variant = Ok(inplace::frames(placement, size)?);
+        batches.push(contest.enter(name, variant, Turn::of(64_000, 0))?);
+    }
+    for (name, size) in [("8 slots, one kick", 8), ("64 slots, one kick", 64)] {
         let variant = Ok(inplace::batches(placement, size)?);
         batches.push(contest.enter(name, variant, Turn::of(64_000, 0))?);
     }
@@ -206,5 +212,7 @@ pub(crate) fn run_hot(options: &Options) -> anyhow::Result<Vec<Outcome>> {
         case(8, batches[2], line, many),
         case(9, hot, bare_one, Some(Goal::AtMost(1.2))),
         case(10, all, bare_all, Some(Goal::AtMost(1.2))),
+        case(11, batches[3], line, None),
+        case(12, batches[4], line, None),
     ])
 }

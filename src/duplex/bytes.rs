@@ -1,8 +1,8 @@
 //! The bytes of a frame, wherever they lie: in its slot or in the payload.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::layout::{INLINE_BYTES, slot};
+use super::layout::slot;
 use super::memory::Window;
 use super::segment::Segment;
 use crate::shm::{Line, Lines};
@@ -10,6 +10,8 @@ use crate::units::{OutOfRange, checked_range};
 
 /// Bytes that are copied at a time by [`FrameBytes::update_chunks`].
 const CHUNK: usize = 16 << 10;
+/// The same where all bytes of the frame are few: the buffer costs as much as they do.
+const SMALL_CHUNK: usize = 128;
 
 /// Where a frame's bytes lie.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -44,26 +46,58 @@ impl Segment {
     /// this one nevertheless, and within it.
     #[inline]
     pub fn frame_bytes(&self, frame: FramePlace) -> FrameBytes<'_> {
-        FrameBytes {
-            slots: self.slots(),
-            payload: self.payload(),
-            place: frame.place,
-            len: frame.len,
-        }
+        FrameBytes::new(self.slots(), self.payload(), frame.place, frame.len)
     }
+}
+
+/// What a frame's bytes are copied from and to.
+#[derive(Clone, Copy, Debug)]
+enum Source<'a> {
+    /// Word by word.
+    Words(&'a [AtomicU64]),
+    /// As a whole, from this offset of the payload on.
+    Payload(&'a Window, u64),
 }
 
 /// The bytes of one frame: copied in and out, never borrowed, since the other side
 /// could change them at any time.
 #[derive(Clone, Copy, Debug)]
 pub struct FrameBytes<'a> {
-    pub(super) slots: &'a Lines,
-    pub(super) payload: &'a Window,
-    pub(super) place: Place,
-    pub(super) len: u32,
+    source: Source<'a>,
+    len: u32,
+    /// Where they begin in the payload.
+    payload_offset: Option<u64>,
 }
 
-impl FrameBytes<'_> {
+impl<'a> FrameBytes<'a> {
+    /// The bytes at `place` of a channel; its table and payload are given.
+    #[inline]
+    pub(super) fn new(slots: &'a Lines, payload: &'a Window, place: Place, len: u32) -> Self {
+        match place {
+            Place::Slot(index) => FrameBytes {
+                source: Source::Words(&slots.line(index).0[slot::INLINE..]),
+                len,
+                payload_offset: None,
+            },
+            Place::Payload(offset) => FrameBytes {
+                source: Source::Payload(payload, offset),
+                len,
+                payload_offset: Some(offset),
+            },
+        }
+    }
+
+    /// The first `len` bytes of `words`, which lie at `payload_offset`; as many as they
+    /// have at most.
+    #[inline]
+    pub(super) fn of_words(words: &'a [AtomicU64], len: u32, payload_offset: u64) -> Self {
+        FrameBytes {
+            len: len.min(u32::try_from(8 * words.len()).unwrap_or(u32::MAX)),
+            source: Source::Words(words),
+            payload_offset: Some(payload_offset),
+        }
+    }
+
     /// Number of bytes.
     pub fn len(&self) -> usize {
         self.len as usize
@@ -74,12 +108,19 @@ impl FrameBytes<'_> {
         self.len == 0
     }
 
+    /// The first `len` of them, or all if there are not so many.
+    #[inline]
+    #[must_use]
+    pub fn first(&self, len: usize) -> FrameBytes<'a> {
+        FrameBytes {
+            len: self.len.min(u32::try_from(len).unwrap_or(u32::MAX)),
+            ..*self
+        }
+    }
+
     /// Where they begin in the payload; none for a frame that lies in its slot.
     pub fn payload_offset(&self) -> Option<u64> {
-        match self.place {
-            Place::Slot(_) => None,
-            Place::Payload(offset) => Some(offset),
-        }
+        self.payload_offset
     }
 
     /// Copies `out.len()` bytes at `offset` into `out`.
@@ -89,12 +130,12 @@ impl FrameBytes<'_> {
     #[inline]
     pub fn read(&self, offset: usize, out: &mut [u8]) -> Result<(), OutOfRange> {
         checked_range(offset as u64, out.len() as u64, u64::from(self.len))?;
-        match self.place {
-            Place::Slot(index) => {
-                read_inline(self.slots.line(index), offset, out);
+        match self.source {
+            Source::Words(words) => {
+                read_words(words, offset, out);
                 Ok(())
             }
-            Place::Payload(start) => self.payload.read(start + offset as u64, out),
+            Source::Payload(payload, start) => payload.read(start + offset as u64, out),
         }
     }
 
@@ -110,13 +151,12 @@ impl FrameBytes<'_> {
             size: u64::from(self.len),
         };
         checked_range(out_of_range.offset, out_of_range.len, out_of_range.size)?;
-        match self.place {
-            Place::Slot(index) => {
-                write_inline(self.slots.line(index), offset, bytes);
+        match self.source {
+            Source::Words(words) => {
+                write_words(words, offset, bytes);
                 Ok(())
             }
-            Place::Payload(start) => self
-                .payload
+            Source::Payload(payload, start) => payload
                 .write(start + offset as u64, bytes)
                 .map_err(|_| out_of_range),
         }
@@ -133,10 +173,18 @@ impl FrameBytes<'_> {
     /// Changes all bytes through a buffer of 16 KiB: each chunk is copied out, given
     /// to `update` with its offset, and copied back.
     pub fn update_chunks(&self, mut update: impl FnMut(usize, &mut [u8])) {
-        let mut buffer = [0; CHUNK];
+        if self.len() <= SMALL_CHUNK {
+            self.update_by(&mut [0; SMALL_CHUNK], &mut update);
+        } else {
+            self.update_by(&mut [0; CHUNK], &mut update);
+        }
+    }
+
+    #[inline]
+    fn update_by(&self, buffer: &mut [u8], update: &mut impl FnMut(usize, &mut [u8])) {
         let mut at = 0;
         while at < self.len() {
-            let take = CHUNK.min(self.len() - at);
+            let take = buffer.len().min(self.len() - at);
             let chunk = &mut buffer[..take];
             if self.read(at, chunk).is_err() {
                 return;
@@ -151,11 +199,16 @@ impl FrameBytes<'_> {
 }
 
 /// Stores `bytes` as the first inline bytes; what follows in the last word is zero.
-/// The words beside the state come last: they are in the line that the other side
-/// polls, which is then taken from it once, for them and the state together.
 #[inline]
 pub(super) fn fill_inline(line: &Line, bytes: &[u8]) {
-    let words = &line.0[slot::INLINE..];
+    fill_words(&line.0[slot::INLINE..], bytes);
+}
+
+/// Stores `bytes` as the first bytes of `words`; what follows in the last word is zero.
+/// The first words come last: of a slot they are in the line that the other side polls,
+/// which is then taken from it once, for them and the state together.
+#[inline]
+pub(super) fn fill_words(words: &[AtomicU64], bytes: &[u8]) {
     let (whole, rest) = bytes.as_chunks::<8>();
     let whole = &whole[..whole.len().min(words.len())];
     if !rest.is_empty()
@@ -172,11 +225,18 @@ pub(super) fn fill_inline(line: &Line, bytes: &[u8]) {
     }
 }
 
-/// Reads inline bytes; the caller has checked the range against the frame.
+/// As much of `text` as `most` bytes hold, in whole characters.
+pub(super) fn cut(text: &str, most: usize) -> &str {
+    let end = (0..=most.min(text.len())).rev();
+    let end = end.into_iter().find(|at| text.is_char_boundary(*at));
+    &text[..end.unwrap_or(0)]
+}
+
+/// Reads bytes of `words`; the caller has checked the range against the frame.
 #[inline]
-fn read_inline(line: &Line, offset: usize, out: &mut [u8]) {
-    let words = &line.0[slot::INLINE..];
-    if offset == 0 {
+fn read_words(words: &[AtomicU64], offset: usize, out: &mut [u8]) {
+    if offset.is_multiple_of(8) {
+        let words = &words[offset / 8..];
         let (whole, rest) = out.as_chunks_mut::<8>();
         for (word, chunk) in words.iter().zip(whole.iter_mut()) {
             *chunk = word.load(Ordering::Relaxed).to_le_bytes();
@@ -197,15 +257,62 @@ fn read_inline(line: &Line, offset: usize, out: &mut [u8]) {
     }
 }
 
-/// Writes inline bytes; the caller has checked the range against the frame.
+/// Writes bytes of `words` and leaves the others as they are; the caller has checked
+/// the range against the frame.
 #[inline]
-fn write_inline(line: &Line, offset: usize, bytes: &[u8]) {
-    if offset == 0 && bytes.len().is_multiple_of(8) {
-        fill_inline(line, bytes);
+fn write_words(words: &[AtomicU64], offset: usize, bytes: &[u8]) {
+    if offset.is_multiple_of(8) && bytes.len().is_multiple_of(8) {
+        fill_words(&words[offset / 8..], bytes);
         return;
     }
-    let mut all = [0; INLINE_BYTES];
-    read_inline(line, 0, &mut all);
-    all[offset..offset + bytes.len()].copy_from_slice(bytes);
-    fill_inline(line, &all);
+    let (first, end) = (offset / 8, (offset + bytes.len()).div_ceil(8));
+    for (index, word) in words.iter().enumerate().take(end).skip(first).rev() {
+        let mut value = word.load(Ordering::Relaxed).to_le_bytes();
+        for (at, to) in value.iter_mut().enumerate() {
+            let from = (8 * index + at).checked_sub(offset);
+            if let Some(byte) = from.and_then(|from| bytes.get(from)) {
+                *to = *byte;
+            }
+        }
+        word.store(u64::from_le_bytes(value), Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn words_are_the_bytes_of_a_vector(
+            steps in prop::collection::vec(
+                (0..60usize, prop::collection::vec(any::<u8>(), 0..60)), 1..20),
+            len in 0..64u32,
+        ) {
+            let words: Vec<AtomicU64> = (0..8).map(|_| AtomicU64::new(0)).collect();
+            let bytes = FrameBytes::of_words(&words, len, 0);
+            let mut model = vec![0u8; len as usize];
+            for (offset, new) in steps {
+                let written = bytes.write(offset, &new);
+                match model.get_mut(offset..offset + new.len()) {
+                    Some(place) => {
+                        place.copy_from_slice(&new);
+                        prop_assert!(written.is_ok());
+                        let mut out = vec![1; new.len()];
+                        prop_assert!(bytes.read(offset, &mut out).is_ok());
+                        prop_assert_eq!(out, new);
+                    }
+                    None => prop_assert!(written.is_err()),
+                }
+                prop_assert_eq!(&bytes.to_vec(), &model);
+            }
+            bytes.update_chunks(|_, chunk| chunk.iter_mut().for_each(|byte| *byte ^= 1));
+            model.iter_mut().for_each(|byte| *byte ^= 1);
+            prop_assert_eq!(bytes.to_vec(), model);
+            let beyond = words.iter().skip((len as usize).div_ceil(8));
+            prop_assert!(beyond.into_iter().all(|word| word.load(Ordering::Relaxed) == 0));
+        }
+    }
 }

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 
+use super::batch::Shape;
 use super::bytes::{FrameBytes, FramePlace, Place, fill_inline};
 use super::completion::{self, Found};
 use super::failpoint::Failpoint;
@@ -25,7 +26,7 @@ pub(super) const MIRROR_MASK: u64 = 1023;
 
 /// The client's side. One per channel.
 ///
-/// Memory: 88 bytes per slot and 24 per block, besides the channel's own.
+/// Memory: 96 bytes per slot and 24 per block, besides the channel's own.
 #[derive(Debug)]
 pub struct ClientCore {
     pub(super) segment: Segment,
@@ -84,6 +85,7 @@ impl ClientCore {
             phase: Phase::Free,
             capacity: 0,
             len: 0,
+            batch: Shape::default(),
             place: None,
             length: UNKNOWN,
         };
@@ -144,12 +146,8 @@ impl ClientCore {
             self.pass(Failpoint::ClientWriting);
             let index = (self.next & self.mask) as usize;
             fill_inline(self.slots.line(index), bytes);
-            return Ok(self.complete(
-                bytes.len() as u32,
-                INLINE_BYTES as u32,
-                options.one_way,
-                None,
-            ));
+            let flags = flags(options.one_way);
+            return Ok(self.complete(bytes.len() as u32, INLINE_BYTES as u32, flags, None));
         }
         let mut grant = self.place(bytes.len(), capacity, options.one_way)?;
         // The range is the grant's own.
@@ -176,8 +174,7 @@ impl ClientCore {
         } else {
             self.place(len, capacity, options.one_way)?
         };
-        self.granted += 1;
-        self.store_writing();
+        self.grant_one();
         Ok(grant)
     }
 
@@ -205,10 +202,7 @@ impl ClientCore {
 
     /// Completes a request, to be handed over by [`ClientCore::kick`].
     pub fn publish(&mut self, grant: Grant) -> Sequence {
-        if self.granted > 0 {
-            self.granted -= 1;
-            self.store_writing();
-        }
+        self.ungrant_one();
         self.pass(Failpoint::ClientWriting);
         let place = match grant.room {
             Room::Inline(room) => {
@@ -218,13 +212,12 @@ impl ClientCore {
             }
             Room::Payload { block, data } => Some((block, data)),
         };
-        self.complete(grant.len, grant.capacity, grant.one_way, place)
+        self.complete(grant.len, grant.capacity, flags(grant.one_way), place)
     }
 
     /// Gives the room of a request back that is not sent after all.
     pub fn abandon(&mut self, grant: Grant) {
-        self.granted = self.granted.saturating_sub(1);
-        self.store_writing();
+        self.ungrant_one();
         if let Room::Payload { block, .. } = grant.room {
             self.space.release(block);
         }
@@ -515,7 +508,7 @@ impl ClientCore {
 
     /// Whether there is a slot and possibly space for a request of `capacity` bytes.
     #[inline]
-    fn reserve(&mut self, capacity: usize) -> Result<(), AcquireError> {
+    pub(super) fn reserve(&mut self, capacity: usize) -> Result<(), AcquireError> {
         if self.broken || self.orphan_of != 0 {
             self.impaired()?;
         }
@@ -579,6 +572,17 @@ impl ClientCore {
     }
 
     fn place(&mut self, len: usize, capacity: usize, one_way: bool) -> Result<Grant, AcquireError> {
+        let (block, data) = self.allocate(capacity)?;
+        Ok(Grant {
+            len: len as u32,
+            capacity: (capacity as u32).next_multiple_of(64),
+            one_way,
+            room: Room::Payload { block, data },
+        })
+    }
+
+    /// A block of the payload for `capacity` bytes, and where its data lies.
+    pub(super) fn allocate(&mut self, capacity: usize) -> Result<(u64, u64), AcquireError> {
         let mut placed = self.space.allocate(capacity as u64);
         if placed.is_none() && self.loose > 0 && self.reap_all() {
             placed = self.space.allocate(capacity as u64);
@@ -591,41 +595,33 @@ impl ClientCore {
         if let Some((at, len)) = wrap {
             self.write_header(at, block::WRAP, len, 0);
         }
-        Ok(Grant {
-            len: len as u32,
-            capacity: (capacity as u32).next_multiple_of(64),
-            one_way,
-            room: Room::Payload {
-                block,
-                data: offset + super::space::UNIT,
-            },
-        })
+        Ok((block, offset + super::space::UNIT))
     }
 
     /// Writes a block's header, by which the payload can be walked.
     fn write_header(&self, at: u64, kind: u32, len: u64, sequence: Sequence) {
-        let mut header = [0; 64];
-        header[..4].copy_from_slice(&kind.to_le_bytes());
-        header[8..16].copy_from_slice(&len.to_le_bytes());
-        header[16..24].copy_from_slice(&sequence.to_le_bytes());
-        let slot = (sequence & self.mask) as u32;
-        header[24..28].copy_from_slice(&slot.to_le_bytes());
+        let slot = sequence & self.mask;
+        let header = [kind.into(), len, sequence, slot, 0, 0, 0, 0];
         // The place is the account's own and lies within the payload.
-        let _ = self.segment.payload().write(at, &header);
+        if let Ok(words) = self.segment.payload().words(at, header.len()) {
+            for (word, value) in words.iter().zip(header) {
+                word.store(value, Ordering::Relaxed);
+            }
+        }
     }
 
     /// Stores the header of the next sequence's slot.
     #[inline]
-    fn complete(
+    pub(super) fn complete(
         &mut self,
         len: u32,
         capacity: u32,
-        one_way: bool,
+        mut flags: u32,
         place: Option<(u64, u64)>,
     ) -> Sequence {
         let sequence = self.next;
         let index = (sequence & self.mask) as usize;
-        let mut flags = if one_way { slot::ONE_WAY } else { 0 };
+        let one_way = flags & slot::ONE_WAY != 0;
         match place {
             None => flags |= slot::IN_SLOT,
             Some((_, data)) => {
@@ -655,6 +651,7 @@ impl ClientCore {
             },
             capacity,
             len,
+            batch: Shape::default(),
             place,
             length,
         };
@@ -682,15 +679,33 @@ impl ClientCore {
         set(client_counter::FREE_BYTES, self.space.free_bytes());
     }
 
+    pub(super) fn grant_one(&mut self) {
+        self.granted += 1;
+        self.store_writing();
+    }
+
+    pub(super) fn ungrant_one(&mut self) {
+        if self.granted > 0 {
+            self.granted -= 1;
+            self.store_writing();
+        }
+    }
+
     fn store_writing(&self) {
         let words = &self.lines.line(line::CLIENT_COUNTERS).0;
         words[client_counter::WRITING].store(self.granted, Ordering::Relaxed);
     }
 
     #[inline]
-    fn pass(&self, place: Failpoint) {
+    pub(super) fn pass(&self, place: Failpoint) {
         if self.failpoints {
             self.segment.stop_at(place);
         }
     }
+}
+
+/// The flags of a frame that is no batch.
+#[inline]
+fn flags(one_way: bool) -> u32 {
+    if one_way { slot::ONE_WAY } else { 0 }
 }

@@ -21,6 +21,7 @@ use std::hint::spin_loop;
 use std::sync::atomic::Ordering;
 
 use super::Sequence;
+use super::batch::Shape;
 use super::bytes::{FramePlace, Place, fill_inline};
 use super::client::{ClientCore, MIRROR_MASK};
 use super::event;
@@ -225,6 +226,7 @@ impl ClientCore {
             phase,
             capacity: INLINE_BYTES as u32,
             len: self.lane.length as u32,
+            batch: Shape::default(),
             place: None,
             length: self.lane.length,
         };

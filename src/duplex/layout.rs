@@ -37,7 +37,14 @@ bitflags::bitflags! {
         const VIEW = 1;
         /// Both sides stop where the failpoint word says; for tests.
         const FAILPOINTS = 2;
+        /// Frames may be batches. Left out for a client that does not know them.
+        const BATCHES = 4;
     }
+}
+
+impl Features {
+    /// What memory can do without: left out where one side does not know it.
+    pub const OPTIONAL: Features = Features::BATCHES;
 }
 
 /// The version word of an OIEB: 88 bytes long, version 2.0.0.0.
@@ -158,6 +165,8 @@ pub(super) mod slot {
     pub(in super::super) const ONE_WAY: u32 = 1;
     /// The data lies in the slot.
     pub(in super::super) const IN_SLOT: u32 = 2;
+    /// The frame, in the payload, is a batch.
+    pub(in super::super) const BATCH: u32 = 4;
 }
 
 /// Largest frame, in bytes, that lies in its slot and takes no payload.

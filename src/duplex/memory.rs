@@ -2,6 +2,7 @@
 //! that exists.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::AtomicU64;
 
 use super::{BadSegment, DuplexError, sys};
 use crate::limits::DEFAULT_CHANNEL_SLOTS;
@@ -45,6 +46,17 @@ impl Window {
     /// The memory underneath, and where the window begins in it.
     pub fn memory(&self) -> (&shm::SharedMemory, u64) {
         (&self.memory, self.start)
+    }
+
+    /// The `count` words at `offset`, accessed by atomics only.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if they are misaligned or do not lie within the window.
+    #[inline]
+    pub fn words(&self, offset: u64, count: usize) -> Result<&[AtomicU64], OutOfRange> {
+        let len = (count as u64).saturating_mul(8);
+        let range = checked_range(offset, len, self.len)?;
+        self.memory.checked_words(self.start + range.start, count)
     }
 
     /// Copies `out.len()` bytes at `offset` into `out`.

@@ -22,6 +22,9 @@
 //!   what it asked for, by the server against the geometry, which was checked
 //!   when the memory was opened.
 //!
+//! Many small requests travel in one frame where that pays ([`ClientCore::submit_batch`]):
+//! one hand-over, one wake-up and one answer for all, each with an outcome of its own.
+//!
 //! What a hostile peer can do: spoil the frames it shares, answer wrongly, or not at
 //! all. It cannot make this side touch memory outside of the channel, wait beyond a
 //! deadline, or hold more memory than the channel has.
@@ -30,6 +33,10 @@ pub mod completion;
 pub mod event;
 pub mod state;
 
+#[cfg(not(loom))]
+mod batch;
+#[cfg(all(test, not(loom)))]
+mod batch_tests;
 #[cfg(not(loom))]
 mod bytes;
 #[cfg(not(loom))]
@@ -65,6 +72,8 @@ mod tests;
 #[cfg(not(loom))]
 mod waiting;
 
+#[cfg(not(loom))]
+pub use batch::{Batch, BatchGrant, BatchWords, ItemError};
 #[cfg(not(loom))]
 pub use bytes::{FrameBytes, FramePlace};
 #[cfg(not(loom))]

@@ -1,6 +1,7 @@
 //! What a client knows of each slot, whatever the slot says.
 
 use super::Sequence;
+use super::batch::Shape;
 use super::request::Poll;
 
 /// What an entry of the completion ring is good for.
@@ -34,6 +35,8 @@ pub(super) struct Record {
     pub(super) phase: Phase,
     pub(super) capacity: u32,
     pub(super) len: u32,
+    /// If it is a batch; without items if not.
+    pub(super) batch: Shape,
     /// Block of the payload and offset of the data; none if inline.
     pub(super) place: Option<(u64, u64)>,
     /// The length word that the slot holds, as far as this side knows. What stands

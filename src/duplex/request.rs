@@ -20,6 +20,17 @@ pub enum AcquireError {
         /// Bytes that fit.
         largest: u64,
     },
+    /// More items than a batch has, or none.
+    #[error("a batch of {items} items; 1 to {most} are possible")]
+    Items {
+        /// What was asked for.
+        items: usize,
+        /// Most that are possible.
+        most: u64,
+    },
+    /// The server does not know batches.
+    #[error("the channel's server takes no batches")]
+    NoBatches,
     /// This side or the server has stopped the channel.
     #[error("the channel was stopped")]
     Stopped,

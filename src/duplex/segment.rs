@@ -118,7 +118,16 @@ impl Segment {
     /// # Errors
     /// [`DuplexError::Bad`] for impossible numbers; [`DuplexError::Sys`].
     pub fn create(config: &BufferConfig) -> Result<Segment, DuplexError> {
-        let mut features = Features::empty();
+        Segment::create_for(config, Features::all())
+    }
+
+    /// The same for a peer that knows no more than `known`: of [`Features::OPTIONAL`] the
+    /// memory has what both know.
+    ///
+    /// # Errors
+    /// As [`Segment::create`].
+    pub fn create_for(config: &BufferConfig, known: Features) -> Result<Segment, DuplexError> {
+        let mut features = Features::OPTIONAL & known;
         features.set(Features::VIEW, config.view.is_some());
         features.set(Features::FAILPOINTS, config.failpoints);
         let view_offset = config.view.as_ref().map_or(0, |view| view.offset());

@@ -3,7 +3,8 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use super::bytes::{FrameBytes, Place};
+use super::batch::BatchWords;
+use super::bytes::{FrameBytes, Place, cut};
 use super::completion;
 use super::failpoint::Failpoint;
 use super::layout::{INLINE_BYTES, LINES_AHEAD, client_counter, line, server_counter, slot};
@@ -59,6 +60,12 @@ impl Claim {
     /// Whether nobody waits for a response.
     pub fn is_one_way(&self) -> bool {
         self.flags & slot::ONE_WAY != 0
+    }
+
+    /// Whether it is many requests in one: see [`ServerCore::batch`].
+    #[inline]
+    pub fn is_batch(&self) -> bool {
+        self.flags & slot::BATCH != 0
     }
 
     /// Whether the client no longer wants it: answer by [`ServerCore::skip`].
@@ -281,7 +288,6 @@ impl ServerCore {
         let index = (sequence & self.mask) as usize;
         let length = line.0[slot::LENGTH].load(Ordering::Relaxed);
         let (len, flags) = (length as u32, (length >> 32) as u32);
-        let in_slot = flags & slot::IN_SLOT != 0;
         posts.read += 1;
         self.pass(Failpoint::ServerBusy);
         let claim = Claim {
@@ -294,20 +300,20 @@ impl ServerCore {
             cancelled: self.wishes.word(index).load(Ordering::Relaxed) == sequence,
             malformed: false,
         };
-        if in_slot && len as usize <= INLINE_BYTES {
+        if flags & (slot::IN_SLOT | slot::BATCH) == slot::IN_SLOT && len as usize <= INLINE_BYTES {
             claim
         } else {
-            self.in_payload(claim, in_slot)
+            self.in_payload(claim)
         }
     }
 
     /// The rest of the header of a frame that is not an ordinary inline one.
-    fn in_payload(&self, claim: Claim, in_slot: bool) -> Claim {
+    fn in_payload(&self, claim: Claim) -> Claim {
         let words = &self.slots.line(claim.slot).0;
         let word = |at: usize| words[at].load(Ordering::Relaxed);
         let (offset, capacity) = (word(slot::OFFSET), word(slot::CAPACITY));
         let size = self.segment.geometry().payload_size;
-        let fits = !in_slot
+        let fits = claim.flags & slot::IN_SLOT == 0
             && offset.is_multiple_of(UNIT)
             && checked_range(offset, capacity, size).is_ok()
             && u64::from(claim.len) <= capacity;
@@ -333,8 +339,7 @@ impl ServerCore {
             let serving = &self.counters.0[server_counter::SERVING];
             serving.store(claim.sequence, Ordering::Relaxed);
         }
-        let inline = matches!(claim.place, Place::Slot(_));
-        if !self.alone || !inline || self.failpoints {
+        if !self.alone || self.failpoints {
             let word = &self.slots.line(claim.slot).0[slot::STATE];
             state::note(word, claim.sequence, State::ServerBusy);
         }
@@ -347,26 +352,42 @@ impl ServerCore {
     /// The bytes of a request, `len` of them or up to the capacity.
     #[inline]
     pub fn bytes(&self, claim: &Claim, len: usize) -> FrameBytes<'_> {
-        FrameBytes {
-            slots: &self.slots,
-            payload: self.segment.payload(),
-            place: claim.place,
-            len: claim.capacity.min(u32::try_from(len).unwrap_or(u32::MAX)),
+        let len = claim.capacity.min(u32::try_from(len).unwrap_or(u32::MAX));
+        FrameBytes::new(&self.slots, self.segment.payload(), claim.place, len)
+    }
+
+    /// The items of a request that is a batch; none if it cannot be one.
+    pub fn batch(&self, claim: &Claim) -> Option<BatchWords<'_>> {
+        match claim.place {
+            Place::Payload(offset) if claim.is_batch() => {
+                BatchWords::open(self.segment.payload(), offset, claim.len)
+            }
+            _ => None,
         }
     }
 
+    /// `len` bytes at `offset` of the payload, of a request that was taken, as a slice.
+    pub fn trusted_part(
+        &self,
+        offset: u64,
+        len: usize,
+        trust: PeerTrust,
+    ) -> Option<TrustedBytes<'_>> {
+        let payload = self.segment.payload();
+        let range = checked_range(offset, len as u64, payload.len()).ok()?;
+        let (memory, start) = payload.memory();
+        trust.bytes(memory, start + range.start, len as u64).ok()
+    }
+
     /// The bytes of a request, its whole capacity, as a slice; none if malformed.
-    pub fn trusted_bytes(&self, claim: &Claim, trust: PeerTrust) -> Option<TrustedBytes> {
+    pub fn trusted_bytes(&self, claim: &Claim, trust: PeerTrust) -> Option<TrustedBytes<'_>> {
         let (memory, offset) = match claim.place {
             Place::Slot(index) => {
                 let geometry = self.segment.geometry();
                 let at = geometry.table + 128 * index as u64 + 8 * slot::INLINE as u64;
                 (self.segment.control(), at)
             }
-            Place::Payload(offset) => {
-                let (memory, start) = self.segment.payload().memory();
-                (memory, start + offset)
-            }
+            Place::Payload(offset) => return self.trusted_part(offset, claim.capacity(), trust),
         };
         trust.bytes(memory, offset, u64::from(claim.capacity)).ok()
     }
@@ -393,9 +414,7 @@ impl ServerCore {
     #[cold]
     pub fn fail(&self, claim: Claim, code: ErrorCode, text: &str, posts: &mut Posts) {
         let room = claim.capacity().min(MAX_CHANNEL_ERROR_BYTES as usize);
-        let end = (0..=room.min(text.len())).rev();
-        let end = end.into_iter().find(|at| text.is_char_boundary(*at));
-        let text = &text.as_bytes()[..end.unwrap_or(0)];
+        let text = cut(text, room).as_bytes();
         let len = text.len();
         if self.bytes(&claim, len).write(0, text).is_ok() {
             let word = &self.slots.line(claim.slot).0[slot::LENGTH];

@@ -18,9 +18,9 @@
 //!
 //! A side leaves out a state that nothing but its own record needs where the store
 //! would take the line away from the other side's poll: `CLIENT_WRITING`,
-//! `CLIENT_READING` and `RELEASED` by the client, and `SERVER_BUSY` of an inline
-//! frame by a server with one worker, whose `serving` word says the same. With
-//! failpoints every state is stored.
+//! `CLIENT_READING` and `RELEASED` by the client, and `SERVER_BUSY` by a server with
+//! one worker, whose `serving` word says the same. With failpoints every state is
+//! stored.
 
 use crate::shm::sync::{AtomicU64, Ordering};
 

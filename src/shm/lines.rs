@@ -50,6 +50,23 @@ impl Line {
     }
 }
 
+/// Asks for the first `most` cache lines that `words` lie in, to be written soon: the
+/// other side's copies go, in one transfer for reading and writing.
+#[inline]
+pub fn prefetch_to_write(words: &[AtomicU64], most: usize) {
+    for word in words.iter().step_by(WORDS / 2).take(most) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: required: nothing; as for `Line::prefetch_word`. A processor that
+        // does not know the hint ignores it.
+        unsafe {
+            use core::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
+            _mm_prefetch::<_MM_HINT_ET0>(word.as_ptr().cast());
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = word;
+    }
+}
+
 /// The high half of a word, as the kernel's futex calls want it. Only the kernel
 /// and comparisons against it look through this reference.
 #[inline]

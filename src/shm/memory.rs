@@ -174,6 +174,33 @@ impl SharedMemory {
         Ok(unsafe { AtomicU64::from_ptr(word.cast()) })
     }
 
+    /// The `count` 64-bit words at an `offset` that comes from outside, of memory that
+    /// is writable if anything is ever stored to them.
+    ///
+    /// # Errors
+    /// [`OutOfRange`] if they are misaligned or beyond the memory.
+    #[inline]
+    pub fn checked_words(&self, offset: u64, count: usize) -> Result<&[AtomicU64], OutOfRange> {
+        let out_of_range = OutOfRange {
+            offset,
+            len: count as u64,
+            size: self.len(),
+        };
+        let len = (count as u64).checked_mul(8).ok_or(out_of_range)?;
+        let range = checked_range(offset, len, self.len())?;
+        if !offset.is_multiple_of(8) {
+            return Err(out_of_range);
+        }
+        // SAFETY: required: `count` aligned words that live as long as the reference,
+        // accessed by atomics only. Range and alignment were just checked (mappings
+        // start at a page), `self` keeps the mapping, and `copy_bytes`, which others
+        // may use on them, counts as another process's access.
+        Ok(unsafe {
+            let first = self.as_ptr().add(range.start as usize).cast::<AtomicU64>();
+            std::slice::from_raw_parts(first, count)
+        })
+    }
+
     /// `N` bytes at `offset`, a multiple of `N`.
     #[inline]
     fn word<const N: u64>(&self, offset: u64) -> Result<*mut u8, OutOfRange> {
@@ -281,6 +308,22 @@ mod tests {
         assert!(memory.checked_atomic_u64(LEN - 8).is_ok());
         for offset in [4, LEN - 4, LEN, u64::MAX, u64::MAX - 7] {
             assert!(memory.checked_atomic_u64(offset).is_err(), "{offset}");
+        }
+    }
+
+    #[test]
+    fn runs_of_words_are_checked_too() {
+        let memory = memory(Access::ReadWrite);
+        let words = memory.checked_words(LEN - 24, 3).expect("the last three");
+        words[2].store(7, Ordering::Relaxed);
+        assert_eq!(memory.load::<u64>(LEN - 8), Ok(7));
+        crate::shm::prefetch_to_write(words, 9);
+        assert!(memory.checked_words(LEN, 0).is_ok_and(<[_]>::is_empty));
+        for (offset, count) in [(4, 1), (LEN - 8, 2), (LEN + 8, 0), (u64::MAX - 7, 1)] {
+            assert!(memory.checked_words(offset, count).is_err(), "{offset}");
+        }
+        for count in [usize::MAX, usize::MAX / 8 + 2, LEN as usize / 8 + 1] {
+            assert!(memory.checked_words(0, count).is_err(), "{count}");
         }
     }
 

@@ -30,7 +30,7 @@ mod trust;
 pub mod turns;
 
 #[cfg(not(loom))]
-pub use lines::{KeptLine, Line, Lines, high_half};
+pub use lines::{KeptLine, Line, Lines, high_half, prefetch_to_write};
 #[cfg(not(loom))]
 pub use memory::{SharedMemory, WriteError};
 #[cfg(not(loom))]

@@ -26,32 +26,39 @@ impl PeerTrust {
         PeerTrust(())
     }
 
+    /// The same for a test, whose clients wait while a frame is the server's.
+    #[cfg(test)]
+    pub(crate) const fn in_tests() -> PeerTrust {
+        PeerTrust(())
+    }
+
     /// The bytes `offset .. offset + len`, which were handed over to the caller.
     /// Made once per hand-over.
     ///
     /// # Errors
     /// [`OutOfRange`] if they do not lie within the memory.
+    #[inline]
     pub(crate) fn bytes(
         self,
         memory: &SharedMemory,
         offset: u64,
         len: u64,
-    ) -> Result<TrustedBytes, OutOfRange> {
+    ) -> Result<TrustedBytes<'_>, OutOfRange> {
         Ok(TrustedBytes {
             range: checked_range(offset, len, memory.len())?,
-            memory: memory.clone(),
+            memory,
         })
     }
 }
 
 /// Bytes of shared memory that are this object's alone while it lives.
 #[derive(Debug)]
-pub struct TrustedBytes {
-    memory: SharedMemory,
+pub struct TrustedBytes<'a> {
+    memory: &'a SharedMemory,
     range: Range<u64>,
 }
 
-impl TrustedBytes {
+impl TrustedBytes<'_> {
     fn len(&self) -> usize {
         (self.range.end - self.range.start) as usize
     }
@@ -63,7 +70,7 @@ impl TrustedBytes {
     }
 }
 
-impl Deref for TrustedBytes {
+impl Deref for TrustedBytes<'_> {
     type Target = [u8];
 
     fn deref(&self) -> &[u8] {
@@ -75,7 +82,7 @@ impl Deref for TrustedBytes {
     }
 }
 
-impl DerefMut for TrustedBytes {
+impl DerefMut for TrustedBytes<'_> {
     fn deref_mut(&mut self) -> &mut [u8] {
         // SAFETY: as for `deref`; the object is borrowed exclusively.
         unsafe { std::slice::from_raw_parts_mut(self.start(), self.len()) }
@@ -99,7 +106,6 @@ mod tests {
         let mut bytes = trust.bytes(&memory, 10, 4).expect("in range");
         bytes.copy_from_slice(b"abcd");
         assert_eq!(&bytes[1..3], b"bc");
-        drop(bytes);
         assert_eq!(memory.load::<[u8; 4]>(10), Ok(*b"abcd"));
         assert!(trust.bytes(&memory, PAGE_SIZE - 3, 4).is_err());
         assert!(trust.bytes(&memory, u64::MAX, 4).is_err());

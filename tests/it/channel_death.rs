@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use uffd_sync::client::channel::{ChannelError, DuplexClient};
-use uffd_sync::duplex::Failpoint;
+use uffd_sync::duplex::{Failpoint, ItemError};
 
 use super::channel_peer::{
     Order, Peer, Report, ask, call, connect, handle, join, kind_of, request, serve,
@@ -421,4 +421,44 @@ fn a_server_that_stops_in_order_says_so() {
     let started = server.start(handle);
     assert!(started.is_err(), "a server starts once");
     assert!(client.order(&Order::Leave) == Report::Done);
+}
+
+#[test]
+fn a_server_killed_in_the_middle_of_a_batch_leaves_what_it_answered() {
+    let folder = folder();
+    let server = Peer::server(folder.path(), "a", false);
+    let mut client = join(folder.path(), "a").expect("a client");
+    // The third and those behind it take a quarter of a second each.
+    let mut items = vec![request(ask::UPPER, 40); 2];
+    items.resize(60, [ask::SLEEP, 255].to_vec());
+    let items: Vec<&[u8]> = items.iter().map(|item| &item[..]).collect();
+    let sequence = client.send_batch(&items, 0).expect("room");
+    await_that("two items answered", || {
+        client
+            .batch_progress(sequence)
+            .is_some_and(|done| done >= 2)
+    });
+    server.kill();
+    let answer = client.receive_batch(sequence, PATIENCE).expect("its end");
+    let answered = answer.answered();
+    assert!((2..60).contains(&answered), "{answered}");
+    for (item, outcome) in answer.items().enumerate() {
+        let outcome = outcome.map(|bytes| bytes.to_vec());
+        let expected = match item {
+            _ if item < answered => Ok(items[item].to_ascii_uppercase()),
+            _ => Err(ItemError::PeerDied {
+                maybe_modified: item == answered,
+            }),
+        };
+        assert_eq!(outcome, expected, "item {item} of {answered} answered");
+    }
+    drop(answer);
+    let _next = Peer::server(folder.path(), "a", false);
+    client.reconnect(PATIENCE).expect("the next server");
+    let again = client.call_batch(&items[..2], PATIENCE).expect("an answer");
+    assert!(again.items().all(|item| item.is_ok()));
+    drop(again);
+    for len in LENGTHS {
+        works(&client, len);
+    }
 }

@@ -63,6 +63,8 @@ pub(super) struct Joined<C> {
     pub(super) fds: Vec<OwnedFd>,
     /// Generation of the memory.
     pub(super) generation: u64,
+    /// Its feature bits.
+    pub(super) features: u32,
 }
 
 /// What stands behind an acceptor: a server that is asked, in the acceptor's thread.
@@ -74,8 +76,12 @@ pub(super) trait Host: Send + 'static {
     fn offer(&self) -> Offer;
     /// Kind, and whatever else the answer says besides the numbers of one client.
     fn welcome(&self, version: u32) -> Welcome;
-    /// A channel with memory of its own.
-    fn attach(&mut self, peer: PeerCredentials) -> Result<Joined<Self::Client>, Refusal>;
+    /// A channel with memory of its own, for a client that knows these features.
+    fn attach(
+        &mut self,
+        peer: PeerCredentials,
+        known: u32,
+    ) -> Result<Joined<Self::Client>, Refusal>;
     /// A channel with the memory of one whose server died.
     fn take_over(
         &mut self,
@@ -472,10 +478,11 @@ impl<H: Host> Loop<H> {
         let version = self.host.offer().compare(hello)?;
         let joined = match hello.ask {
             Ask::TakeOver => self.host.take_over(peer, fds, hello.generation)?,
-            _ => self.host.attach(peer)?,
+            _ => self.host.attach(peer, hello.features)?,
         };
         let mut welcome = self.host.welcome(version);
         welcome.generation = joined.generation;
+        welcome.features = joined.features;
         welcome.fds = joined.fds.len() as u32;
         Ok(Asked::Joined(welcome, joined))
     }

@@ -78,7 +78,7 @@ impl Host for TestHost {
         }
     }
 
-    fn attach(&mut self, peer: PeerCredentials) -> Result<Joined<Client>, Refusal> {
+    fn attach(&mut self, peer: PeerCredentials, _: u32) -> Result<Joined<Client>, Refusal> {
         let refusal = Refusal::Clients { clients: 1, max: 1 };
         self.clients_left = self.clients_left.checked_sub(1).ok_or(refusal)?;
         Ok(Joined {
@@ -89,6 +89,7 @@ impl Host for TestHost {
             },
             fds: vec![memfd::create("given", 4096).expect("memfd")],
             generation: 7,
+            features: OFFER.features,
         })
     }
 
@@ -99,7 +100,7 @@ impl Host for TestHost {
         generation: u64,
     ) -> Result<Joined<Client>, Refusal> {
         assert_eq!(memfd::name(&fds[0]).expect("name"), "handed");
-        let joined = self.attach(peer)?;
+        let joined = self.attach(peer, OFFER.features)?;
         Ok(Joined {
             fds: Vec::new(),
             generation: generation + 1,

@@ -52,7 +52,7 @@ impl Default for ClientOptions {
 /// ```
 #[derive(Debug)]
 pub struct DuplexClient {
-    core: RefCell<ClientCore>,
+    pub(super) core: RefCell<ClientCore>,
     waiter: RefCell<Waiter>,
     /// Requests that ended with the server, and whether they may have been changed.
     lost: RefCell<Vec<(Sequence, bool)>>,
@@ -234,22 +234,7 @@ impl DuplexClient {
         sequence: Sequence,
         timeout: Duration,
     ) -> Result<Response<'_>, ChannelError> {
-        let waited = {
-            let mut core = self.core.borrow_mut();
-            let segment = &self.segment;
-            let slot = sequence & (u64::from(segment.geometry().slots) - 1);
-            self.waiter.borrow_mut().wait(
-                Semaphore::ResponseReady,
-                1 << (slot % 32),
-                Some(timeout),
-                |_| match core.poll(sequence) {
-                    Poll::Pending => None,
-                    done => Some(done),
-                },
-                || segment.mirror(Side::Client),
-            )
-        };
-        match waited {
+        match self.wait_for(sequence, timeout) {
             Ok(Poll::Response) => self.response(sequence),
             Ok(_) => self.outcome(sequence),
             Err(Ended::TimedOut) => Err(ChannelError::TimedOut),
@@ -258,6 +243,23 @@ impl DuplexClient {
                 self.outcome(sequence)
             }
         }
+    }
+
+    /// Waits until a request is finished, or nobody knows it.
+    pub(super) fn wait_for(&self, sequence: Sequence, timeout: Duration) -> Result<Poll, Ended> {
+        let mut core = self.core.borrow_mut();
+        let segment = &self.segment;
+        let slot = sequence & (u64::from(segment.geometry().slots) - 1);
+        self.waiter.borrow_mut().wait(
+            Semaphore::ResponseReady,
+            1 << (slot % 32),
+            Some(timeout),
+            |_| match core.poll(sequence) {
+                Poll::Pending => None,
+                done => Some(done),
+            },
+            || segment.mirror(Side::Client),
+        )
     }
 
     /// Sends `bytes` and waits for the response. When the deadline passes the request
@@ -405,9 +407,16 @@ impl DuplexClient {
         })
     }
 
+    /// Forgets that a request was lost; whether it may have been changed.
+    pub(super) fn forget_lost(&self, sequence: Sequence) -> bool {
+        let mut lost = self.lost.borrow_mut();
+        let index = lost.iter().position(|(found, _)| *found == sequence);
+        index.is_some_and(|index| lost.remove(index).1)
+    }
+
     /// What a finished request ended as; one without a response is released.
     #[cold]
-    fn outcome(&self, sequence: Sequence) -> Result<Response<'_>, ChannelError> {
+    pub(super) fn outcome(&self, sequence: Sequence) -> Result<Response<'_>, ChannelError> {
         if let Some(lost) = self.take_lost(Some(sequence)) {
             return Err(lost);
         }

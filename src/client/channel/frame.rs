@@ -45,9 +45,11 @@ impl From<OutOfRange> for HandlerError {
 pub struct Frame<'a> {
     core: &'a ServerCore,
     claim: &'a Claim,
+    /// If the frame is one item of a batch: its number, and its whole room.
+    item: Option<(usize, FrameBytes<'a>)>,
     len: usize,
     trust: Option<PeerTrust>,
-    bytes: Option<TrustedBytes>,
+    bytes: Option<TrustedBytes<'a>>,
 }
 
 impl<'a> Frame<'a> {
@@ -59,13 +61,39 @@ impl<'a> Frame<'a> {
         Frame {
             core,
             claim,
+            item: None,
             len: claim.len(),
             trust,
             bytes: None,
         }
     }
 
-    /// The request's number, which the response keeps.
+    /// One item of the batch `claim`: its number, its whole room and the request's length.
+    #[inline]
+    pub(super) fn of_item(
+        core: &'a ServerCore,
+        claim: &'a Claim,
+        (item, room): (usize, FrameBytes<'a>),
+        len: usize,
+        trust: Option<PeerTrust>,
+    ) -> Frame<'a> {
+        Frame {
+            core,
+            claim,
+            item: Some((item, room)),
+            len,
+            trust,
+            bytes: None,
+        }
+    }
+
+    /// The number of the request within its batch, from 0; none if it came alone.
+    pub fn item(&self) -> Option<usize> {
+        self.item.map(|(item, _)| item)
+    }
+
+    /// The request's number, which the response keeps; items of a batch have that of
+    /// the batch.
     pub fn sequence(&self) -> Sequence {
         self.claim.sequence()
     }
@@ -82,7 +110,10 @@ impl<'a> Frame<'a> {
 
     /// Bytes that the response may have: what the client reserved.
     pub fn capacity(&self) -> usize {
-        self.claim.capacity()
+        match &self.item {
+            Some((_, room)) => room.len(),
+            None => self.claim.capacity(),
+        }
     }
 
     /// Whether nobody waits for the response.
@@ -104,7 +135,10 @@ impl<'a> Frame<'a> {
     /// Its bytes, to be copied in and out.
     #[inline]
     pub fn view(&self) -> FrameBytes<'_> {
-        self.core.bytes(self.claim, self.len)
+        match &self.item {
+            Some((_, room)) => room.first(self.len),
+            None => self.core.bytes(self.claim, self.len),
+        }
     }
 
     /// Changes all bytes through a buffer of 16 KiB; see [`FrameBytes::update_chunks`].
@@ -119,9 +153,13 @@ impl<'a> Frame<'a> {
     /// [`HandlerError`] if it was not.
     pub fn data_mut(&mut self) -> Result<&mut [u8], HandlerError> {
         if self.bytes.is_none() {
-            self.bytes = match self.trust {
-                Some(trust) => self.core.trusted_bytes(self.claim, trust),
-                None => None,
+            self.bytes = match (self.trust, &self.item) {
+                (Some(trust), None) => self.core.trusted_bytes(self.claim, trust),
+                (Some(trust), Some((_, room))) => {
+                    let part = |at| self.core.trusted_part(at, room.len(), trust);
+                    room.payload_offset().and_then(part)
+                }
+                (None, _) => None,
             };
         }
         match &mut self.bytes {

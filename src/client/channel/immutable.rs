@@ -106,7 +106,7 @@ impl Host for TwoBuffers {
         }
     }
 
-    fn attach(&mut self, _: PeerCredentials) -> Result<Joined<()>, Refusal> {
+    fn attach(&mut self, _: PeerCredentials, _: u32) -> Result<Joined<()>, Refusal> {
         Err(Refusal::Kind)
     }
 

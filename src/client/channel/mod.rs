@@ -22,6 +22,9 @@
 mod acceptor;
 #[cfg(test)]
 mod acceptor_tests;
+mod batch;
+#[cfg(test)]
+mod batch_tests;
 mod client;
 mod factory;
 mod frame;
@@ -37,6 +40,7 @@ mod shared;
 mod tests;
 mod wait;
 
+pub use batch::{BatchRequest, BatchResponse, SharedBatchResponse};
 pub use client::{ClientOptions, DuplexClient, Request, Response};
 pub use factory::DuplexChannelFactory;
 pub use frame::{Frame, HandlerError};
@@ -75,6 +79,17 @@ pub enum ChannelError {
         /// Bytes that fit.
         largest: u64,
     },
+    /// More items than a batch has, or none.
+    #[error("a batch of {items} items; 1 to {most} are possible")]
+    Items {
+        /// What was asked for.
+        items: usize,
+        /// Most that are possible.
+        most: u64,
+    },
+    /// The server does not know batches: send the requests one by one.
+    #[error("the channel's server takes no batches; send the requests one by one")]
+    NoBatches,
     /// This side or the other has stopped the channel.
     #[error("the channel was stopped")]
     Stopped,
@@ -163,6 +178,8 @@ impl From<AcquireError> for ChannelError {
         match error {
             AcquireError::Full => ChannelError::Full,
             AcquireError::TooLarge { len, largest } => ChannelError::TooLarge { len, largest },
+            AcquireError::Items { items, most } => ChannelError::Items { items, most },
+            AcquireError::NoBatches => ChannelError::NoBatches,
             AcquireError::Stopped => ChannelError::Stopped,
             AcquireError::Broken => ChannelError::Broken,
             AcquireError::NoServer => ChannelError::Disconnected,

@@ -305,7 +305,7 @@ impl Host for ChannelHost {
     fn offer(&self) -> Offer {
         Offer {
             versions: (LAYOUT_VERSION, LAYOUT_VERSION),
-            features: self.0.features.bits(),
+            features: (self.0.features - Features::OPTIONAL).bits(),
         }
     }
 
@@ -320,9 +320,11 @@ impl Host for ChannelHost {
         }
     }
 
-    fn attach(&mut self, peer: PeerCredentials) -> Result<Joined<Client>, Refusal> {
+    fn attach(&mut self, peer: PeerCredentials, known: u32) -> Result<Joined<Client>, Refusal> {
         self.0.check_room()?;
-        let segment = Segment::create(&self.0.config).map_err(|error| refusal_of(&error))?;
+        let known = Features::from_bits_truncate(known);
+        let segment =
+            Segment::create_for(&self.0.config, known).map_err(|error| refusal_of(&error))?;
         let copies = segment
             .fds()
             .iter()
@@ -341,6 +343,7 @@ impl Host for ChannelHost {
             client,
             fds,
             generation: segment.generation(),
+            features: segment.geometry().features.bits(),
         })
     }
 
@@ -366,6 +369,7 @@ impl Host for ChannelHost {
             client,
             fds: Vec::new(),
             generation: segment.generation(),
+            features: segment.geometry().features.bits(),
         })
     }
 

@@ -48,6 +48,8 @@ impl Default for ServerOptions {
 pub struct HandlerFailure {
     /// The request.
     pub sequence: Sequence,
+    /// Of a batch: which of its items.
+    pub item: Option<usize>,
     /// What went wrong.
     pub error: HandlerError,
 }
@@ -359,6 +361,8 @@ struct Worker {
     posts: Posts,
     /// What its handler has at the moment.
     claim: Option<Claim>,
+    /// Of a batch: the item that it is at.
+    item: usize,
 }
 
 impl Channel {
@@ -410,18 +414,27 @@ impl Channel {
             waiter: Waiter::new(self.core.segment(), Side::Server, waiting),
             posts: Posts::new(),
             claim: None,
+            item: 0,
         };
         loop {
             let worked = catch_unwind(AssertUnwindSafe(|| self.take_requests(&mut worker)));
             let Err(panic) = worked else { break };
+            let error = HandlerError {
+                code: ErrorCode::PANIC,
+                ..HandlerError::new(panic_text(panic.as_ref()))
+            };
             let Some(claim) = worker.claim.take() else {
                 // It was no handler's.
                 self.end();
                 resume_unwind(panic);
             };
-            let code = ErrorCode::PANIC;
-            let error = HandlerError::new(panic_text(panic.as_ref()));
-            self.fail(claim, HandlerError { code, ..error }, &mut worker.posts);
+            if claim.is_batch() {
+                // The others have their turn, with the same frame in hand.
+                self.fail_item(worker.claim.insert(claim), worker.item, error);
+                worker.item += 1;
+                continue;
+            }
+            self.fail(claim, error, &mut worker.posts);
             if self.core.is_post_due(&worker.posts) {
                 self.core.post(&mut worker.posts);
             }
@@ -435,6 +448,13 @@ impl Channel {
             // Nothing is served before there is one.
             return;
         };
+        if worker.claim.is_some() {
+            // A batch, one item of which panicked.
+            self.serve_batch(handler, worker);
+            if core.is_post_due(&worker.posts) {
+                core.post(&mut worker.posts);
+            }
+        }
         loop {
             let claimed = match worker.waiter.is_hot() {
                 true => core.claim_within(HOT_LOOKS, &mut worker.posts),
@@ -481,7 +501,7 @@ impl Channel {
     fn serve(
         &self,
         claim: Claim,
-        (handler, trust): &(Box<Handler>, Option<PeerTrust>),
+        service: &(Box<Handler>, Option<PeerTrust>),
         on_init: Option<&OnInit>,
         worker: &mut Worker,
     ) {
@@ -495,10 +515,15 @@ impl Channel {
         self.core.begin_handler(&claim);
         // There it is found if the handler panics.
         let claim = worker.claim.insert(claim);
+        if claim.is_batch() {
+            worker.item = 0;
+            self.serve_batch(service, worker);
+            return;
+        }
+        let (handler, trust) = service;
         let mut frame = Frame::new(&self.core, claim, *trust);
         let outcome = handler(&mut frame);
         let len = frame.len();
-        drop(frame);
         let Some(claim) = worker.claim.take() else {
             return;
         };
@@ -508,6 +533,59 @@ impl Channel {
         }
     }
 
+    /// Goes through the items of the batch in the worker's hands, from the one that it is
+    /// at on, and answers it.
+    #[inline(never)]
+    fn serve_batch(
+        &self,
+        (handler, trust): &(Box<Handler>, Option<PeerTrust>),
+        worker: &mut Worker,
+    ) {
+        let Some(claim) = &worker.claim else { return };
+        let Some(batch) = self.core.batch(claim) else {
+            if let Some(claim) = worker.claim.take() {
+                self.turn_down(claim, &mut worker.posts);
+            }
+            return;
+        };
+        batch.prefetch();
+        while worker.item < batch.len() {
+            let item = worker.item;
+            let Some(asked) = batch.request(item) else {
+                self.fail_item(claim, item, malformed());
+                worker.item += 1;
+                continue;
+            };
+            let room = batch.bytes(item, batch.room());
+            let mut frame = Frame::of_item(&self.core, claim, (item, room), asked, *trust);
+            let outcome = handler(&mut frame);
+            let len = frame.len();
+            match outcome {
+                Ok(()) => batch.respond(item, asked, len),
+                Err(error) => self.fail_item(claim, item, error),
+            }
+            worker.item += 1;
+        }
+        if let Some(claim) = worker.claim.take() {
+            let len = claim.len();
+            self.core.respond(claim, len, &mut worker.posts);
+        }
+    }
+
+    /// Answers one item of a batch with an error.
+    #[cold]
+    fn fail_item(&self, claim: &Claim, item: usize, error: HandlerError) {
+        // A client that has spoilt the frame since gets no answer to the item.
+        if let Some(batch) = self.core.batch(claim).filter(|batch| item < batch.len()) {
+            batch.fail(item, error.code, &error.text);
+        }
+        self.tell_failure(HandlerFailure {
+            sequence: claim.sequence(),
+            item: Some(item),
+            error,
+        });
+    }
+
     /// Answers a request without its handler.
     #[cold]
     fn turn_down(&self, claim: Claim, posts: &mut Posts) {
@@ -515,17 +593,22 @@ impl Channel {
             self.core.skip(claim, posts);
             return;
         }
-        let error = HandlerError::new("the frame's header is impossible");
-        let code = ErrorCode::MALFORMED;
-        self.fail(claim, HandlerError { code, ..error }, posts);
+        self.fail(claim, malformed(), posts);
     }
 
     #[cold]
     fn fail(&self, claim: Claim, error: HandlerError, posts: &mut Posts) {
         let sequence = claim.sequence();
         self.core.fail(claim, error.code, &error.text, posts);
+        self.tell_failure(HandlerFailure {
+            sequence,
+            item: None,
+            error,
+        });
+    }
+
+    fn tell_failure(&self, failure: HandlerFailure) {
         if let Some(on_error) = self.service.on_error.get() {
-            let failure = HandlerFailure { sequence, error };
             // A callback's panic concerns nobody's request.
             let _ = catch_unwind(AssertUnwindSafe(|| on_error(&failure)));
         }
@@ -568,6 +651,13 @@ impl Channel {
                 return;
             }
         }
+    }
+}
+
+fn malformed() -> HandlerError {
+    HandlerError {
+        code: ErrorCode::MALFORMED,
+        ..HandlerError::new("the frame's header is impossible")
     }
 }
 

@@ -84,9 +84,18 @@ impl SharedDuplexClient {
         options: Options,
         timeout: Duration,
     ) -> Result<Sequence, ChannelError> {
+        self.send_by(|core| core.submit(bytes, options), timeout)
+    }
+
+    /// Places something and rings the server. Waits for room if there is none.
+    pub(super) fn send_by(
+        &self,
+        place: impl Fn(&mut ClientCore) -> Result<Sequence, AcquireError>,
+        timeout: Duration,
+    ) -> Result<Sequence, ChannelError> {
         let attempt = || {
             let mut core = self.core();
-            let sent = core.submit(bytes, options);
+            let sent = place(&mut core);
             if sent.is_ok() {
                 core.kick();
             }
@@ -129,10 +138,20 @@ impl SharedDuplexClient {
         sequence: Sequence,
         timeout: Duration,
     ) -> Result<SharedResponse, ChannelError> {
+        let poll = self.await_end(sequence, timeout)?;
+        self.outcome(sequence, poll)
+    }
+
+    /// Waits until a request is finished, or nobody knows it.
+    pub(super) fn await_end(
+        &self,
+        sequence: Sequence,
+        timeout: Duration,
+    ) -> Result<Poll, ChannelError> {
         let generation = self.segment().generation();
         let poll = self.core().poll(sequence);
         if poll != Poll::Pending {
-            return self.outcome(sequence, poll);
+            return Ok(poll);
         }
         let mut waiter = self.waiter();
         let segment = self.segment();
@@ -158,8 +177,7 @@ impl SharedDuplexClient {
                 }
             }
         }
-        let poll = self.core().poll(sequence);
-        self.outcome(sequence, poll)
+        Ok(self.core().poll(sequence))
     }
 
     /// Sends `bytes` and waits for the response, `timeout` for both. When it passes
@@ -237,7 +255,18 @@ impl SharedDuplexClient {
         taken
     }
 
-    fn outcome(&self, sequence: Sequence, poll: Poll) -> Result<SharedResponse, ChannelError> {
+    /// Forgets that a request was lost; whether it may have been changed.
+    pub(super) fn forget_lost(&self, sequence: Sequence) -> bool {
+        let mut lost = lock(&self.inner.lost);
+        let index = lost.iter().position(|(found, _)| *found == sequence);
+        index.is_some_and(|index| lost.remove(index).1)
+    }
+
+    pub(super) fn outcome(
+        &self,
+        sequence: Sequence,
+        poll: Poll,
+    ) -> Result<SharedResponse, ChannelError> {
         let mut core = self.core();
         if poll == Poll::Response
             && let Some(place) = core.response_at(sequence)
@@ -263,7 +292,7 @@ impl SharedDuplexClient {
     }
 
     /// Wakes threads of this process that wait for room.
-    fn tell_room(&self) {
+    pub(super) fn tell_room(&self) {
         // Who waits announced itself before it looked under the lock, which this
         // thread has held since.
         let word = self.segment().semaphore(Semaphore::SpaceAvailable);
@@ -272,7 +301,7 @@ impl SharedDuplexClient {
         }
     }
 
-    fn core(&self) -> MutexGuard<'_, ClientCore> {
+    pub(super) fn core(&self) -> MutexGuard<'_, ClientCore> {
         lock(&self.inner.core)
     }
 

@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use super::*;
 use crate::duplex::{BufferConfig, OpenLimits, Segment, Side, Waiting};
 
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
-fn opened(segment: &Segment) -> Segment {
+pub(super) fn opened(segment: &Segment) -> Segment {
     let fds = segment.fds().into_iter().map(|fd| fd.try_clone_to_owned());
     let fds = fds.collect::<Result<_, _>>().expect("descriptors");
     Segment::open(fds, OpenLimits::default()).expect("open")
