@@ -325,6 +325,12 @@ impl Writer {
         Self::hand_over(node, path, region, attachment, offer)
     }
 
+    /// The region itself, to be kept: for a channel whose payload it is, for example. It
+    /// is followed as long as this writer is there.
+    pub fn region(&self) -> &Arc<Region> {
+        &self.region
+    }
+
     /// Why the region is tracked the way it is, if the choice was left to `auto`.
     pub fn chosen(&self) -> Option<&str> {
         self.chosen.as_deref()

@@ -2,14 +2,17 @@
 //! that exists.
 
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use super::{BadSegment, DuplexError, sys};
 use crate::limits::DEFAULT_CHANNEL_SLOTS;
+use crate::region::Region;
 use crate::shm;
 use crate::sys::map::{Access, Mapping};
 use crate::sys::memfd::{self, Seals};
 use crate::units::{OutOfRange, checked_range, page_align_up};
+use crate::words::{Mode, WriteKind};
 
 /// A range of mapped memory; offsets are relative to its beginning.
 #[derive(Clone, Debug)]
@@ -159,15 +162,23 @@ impl MemoryProvider for SharedMemory {
     }
 }
 
-/// A view of memory that exists: a part of a memfd, a cooperative region's data for
-/// example. The channel writes into it; where it is a region that nobody tracks,
-/// its user marks the changes.
+/// A region that a channel's payload is a part of.
+#[derive(Clone, Debug)]
+pub(super) struct InRegion {
+    pub(super) region: Arc<Region>,
+    /// Where the payload begins in it.
+    pub(super) offset: u64,
+}
+
+/// A view of memory that exists: a part of a memfd, or of a cooperative region, whose
+/// changes the server then marks ([`SharedMemoryView::of_region`]).
 #[derive(Debug)]
 pub struct SharedMemoryView {
     memory: Option<shm::SharedMemory>,
     fd: OwnedFd,
     offset: u64,
     len: u64,
+    region: Option<InRegion>,
 }
 
 impl SharedMemoryView {
@@ -197,7 +208,46 @@ impl SharedMemoryView {
             fd,
             offset,
             len,
+            region: None,
         })
+    }
+
+    /// The bytes `offset .. offset + len` of a cooperative region of this process, in mode
+    /// `manual` (or `compare`): `offset` a multiple of the page size, `len` one of 64.
+    ///
+    /// The server marks each frame in the payload as changed before it hands the answer
+    /// over, so that replicas are sent what was answered. The client needs to know
+    /// nothing of the region. Epochs are convergent: what a client is writing at the
+    /// moment may be in them. What it wrote and never handed over is not marked.
+    ///
+    /// # Errors
+    /// [`DuplexError::ExclusiveRegion`], [`DuplexError::RegionMode`]; as
+    /// [`SharedMemoryView::new`].
+    pub fn of_region(
+        region: &Arc<Region>,
+        offset: u64,
+        len: u64,
+    ) -> Result<SharedMemoryView, DuplexError> {
+        let options = region.options();
+        if options.kind != WriteKind::Cooperative {
+            return Err(DuplexError::ExclusiveRegion);
+        }
+        if !matches!(options.mode, Mode::Manual | Mode::Compare) {
+            return Err(DuplexError::RegionMode { mode: options.mode });
+        }
+        // The file has whole pages.
+        checked_range(offset, len, region.size())?;
+        let view = SharedMemoryView::new(region.data_fd(), offset, len)?;
+        let region = Arc::clone(region);
+        Ok(SharedMemoryView {
+            region: Some(InRegion { region, offset }),
+            ..view
+        })
+    }
+
+    /// The region that it is a part of.
+    pub(super) fn region(&self) -> Option<&InRegion> {
+        self.region.as_ref()
     }
 
     /// Where the view begins in its file.

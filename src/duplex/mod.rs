@@ -252,6 +252,22 @@ pub enum DuplexError {
         /// Bytes that were asked for.
         len: u64,
     },
+    /// An exclusive region has one writable mapping, its writer's; a channel has two more.
+    #[error("an exclusive region takes no second writable mapping; make it cooperative")]
+    ExclusiveRegion,
+    /// The region is followed by its writers' page tables, which a channel's stores are not in.
+    #[error(
+        "a region in mode {mode} looks for stores of its writers and finds a channel's only by \
+         its audit; make it in mode manual, whose marks the channel sets"
+    )]
+    RegionMode {
+        /// The mode that it has.
+        mode: crate::words::Mode,
+    },
+    /// The memory that a client handed over lies in another region, or place, than this
+    /// server's.
+    #[error("the payload is not the part of the region that this server serves")]
+    OtherRegion,
     /// A provider was used before it had memory.
     #[error("no memory was allocated yet")]
     NotAllocated,

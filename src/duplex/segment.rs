@@ -8,7 +8,7 @@ use super::layout::{
     Features, Geometry, LAYOUT_VERSION, MAGIC, METADATA, OIEB_VERSION, control, control_offset,
     line, oieb, presence, server_counter,
 };
-use super::memory::{BufferConfig, MemoryProvider, SharedMemory, Window};
+use super::memory::{BufferConfig, InRegion, MemoryProvider, SharedMemory, Window};
 use super::state::Side;
 use super::waiting::Semaphore;
 use super::{BadSegment, DuplexError, completion, event, sys};
@@ -108,6 +108,8 @@ struct Inner {
     slots: Lines,
     payload: Window,
     fds: Vec<OwnedFd>,
+    /// On the server's side: the region that the payload is a part of.
+    region: Option<InRegion>,
     /// Sides that are known to be dead from elsewhere, as bits.
     lost: AtomicU32,
 }
@@ -150,7 +152,8 @@ impl Segment {
             fds.push(view.clone_fd()?);
         }
         let id = ChannelId(Generation::random().0.to_be_bytes());
-        let segment = Segment::assemble(geometry, id, memory, payload, fds)?;
+        let region = config.view.as_ref().and_then(|view| view.region());
+        let segment = Segment::assemble(geometry, id, memory, payload, fds, region.cloned())?;
         segment.init_oiebs();
         segment.write_identity();
         Ok(segment)
@@ -210,7 +213,53 @@ impl Segment {
             .into());
         }
         let payload = open_payload(&fds, &memory, &geometry)?;
-        Segment::assemble(geometry, id, memory, payload, fds)
+        Segment::assemble(geometry, id, memory, payload, fds, None)
+    }
+
+    /// Memory just opened, of a client that comes to the server with this configuration:
+    /// if that has a region, the payload has to be the same part of it, and its changes
+    /// are marked from now on.
+    ///
+    /// # Errors
+    /// [`DuplexError::OtherRegion`]; [`DuplexError::Sys`].
+    pub fn served_as(mut self, config: &BufferConfig) -> Result<Segment, DuplexError> {
+        let Some(view) = &config.view else {
+            return Ok(self);
+        };
+        let Some(region) = view.region() else {
+            return Ok(self);
+        };
+        let geometry = *self.geometry();
+        let place = (geometry.payload_offset, geometry.payload_size);
+        let is_view = geometry.features.contains(Features::VIEW);
+        let Some(inner) = Arc::get_mut(&mut self.0).filter(|_| is_view) else {
+            return Err(DuplexError::OtherRegion);
+        };
+        let data = region.region.data_fd();
+        let is_same = match inner.fds.get(1) {
+            Some(fd) => memfd::is_same(fd, data).map_err(sys("comparing a payload's memory"))?,
+            None => false,
+        };
+        if !is_same || place != (view.offset(), config.payload_size) {
+            return Err(DuplexError::OtherRegion);
+        }
+        inner.region = Some(region.clone());
+        Ok(self)
+    }
+
+    /// Whether changes of the payload have to be marked.
+    pub(super) fn is_marked(&self) -> bool {
+        self.0.region.is_some()
+    }
+
+    /// Says that bytes of the payload were changed; nothing if it is in no region.
+    pub(super) fn mark(&self, range: std::ops::Range<u64>) {
+        let Some(InRegion { region, offset }) = &self.0.region else {
+            return;
+        };
+        let len = range.end.saturating_sub(range.start);
+        // Within the payload, and that within the region: never refused.
+        let _ = region.mark_region_changed(offset.saturating_add(range.start), len);
     }
 
     fn assemble(
@@ -219,6 +268,7 @@ impl Segment {
         memory: shm::SharedMemory,
         payload: Window,
         fds: Vec<OwnedFd>,
+        region: Option<InRegion>,
     ) -> Result<Segment, DuplexError> {
         let ring_words = completion::places(geometry.slots) as usize;
         let lines = Lines::new(&memory, geometry.control, line::COUNT)?;
@@ -236,6 +286,7 @@ impl Segment {
             slots,
             payload,
             fds,
+            region,
             lost: AtomicU32::new(0),
         })))
     }

@@ -115,6 +115,8 @@ pub struct ServerCore {
     mask: u64,
     places: u64,
     failpoints: bool,
+    /// The payload is a part of a region: what changes in it is marked.
+    marked: bool,
     /// One worker: it says what it serves in `serving`, and nobody else counts.
     alone: bool,
     counters: KeptLine,
@@ -128,6 +130,8 @@ pub struct ServerCore {
     cursor: Own,
     /// Next ticket of the completion ring.
     ticket: Own,
+    /// Where the frame ended in the payload that was marked last.
+    marked_to: Own,
 }
 
 /// A word of this process on a line of its own.
@@ -171,6 +175,7 @@ impl ServerCore {
             mask: u64::from(slots) - 1,
             places: u64::from(places),
             failpoints: segment.has_failpoints(),
+            marked: segment.is_marked(),
             alone: workers <= 1,
             counters: segment.lines().keep(line::SERVER_COUNTERS),
             response_ready: segment.lines().keep(line::RESPONSE_READY),
@@ -180,6 +185,7 @@ impl ServerCore {
             ring: segment.ring().clone(),
             cursor: Own(AtomicU64::new(first)),
             ticket: Own(AtomicU64::new(1)),
+            marked_to: Own(AtomicU64::new(0)),
         }
     }
 
@@ -435,6 +441,9 @@ impl ServerCore {
     #[inline]
     fn finish(&self, claim: &Claim, state: State, posts: &mut Posts) {
         self.pass(Failpoint::ServerResponse);
+        if self.marked {
+            self.mark(claim);
+        }
         let word = &self.slots.line(claim.slot).0[slot::STATE];
         if claim.is_one_way() {
             state::hand_over(word, claim.sequence, State::Released);
@@ -460,6 +469,24 @@ impl ServerCore {
             self.counters.0[server_counter::SERVING].store(0, Ordering::Relaxed);
         }
         self.pass(Failpoint::ServerPost);
+    }
+
+    /// Marks the frame with its header. The next frame of a ring that went round lies
+    /// below the last one, behind which the client has stored a wrap marker.
+    #[cold]
+    fn mark(&self, claim: &Claim) {
+        let Place::Payload(offset) = claim.place else {
+            return;
+        };
+        let (begin, end) = (
+            offset.saturating_sub(UNIT),
+            offset + u64::from(claim.capacity),
+        );
+        self.segment.mark(begin..end);
+        let last = self.marked_to.0.swap(end, Ordering::Relaxed);
+        if begin < last && last < self.segment.geometry().payload_size {
+            self.segment.mark(last..last + UNIT);
+        }
     }
 
     #[inline]

@@ -14,6 +14,7 @@ mod channel_death;
 mod channel_hostile;
 mod channel_peer;
 mod channel_python;
+mod channel_region;
 mod channel_trips;
 mod channels;
 mod chaos;

@@ -359,6 +359,7 @@ impl Host for ChannelHost {
             ..OpenLimits::default()
         };
         let segment = Segment::open(fds, limits);
+        let segment = segment.and_then(|segment| segment.served_as(&self.0.config));
         let segment = segment.map_err(|error| refusal_of(&error))?;
         let has_server = segment.presence(Side::Server) == Presence::Alive;
         if has_server || segment.generation() != generation {
