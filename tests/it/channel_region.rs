@@ -96,11 +96,13 @@ fn call_all(client: &DuplexClient) {
         let failed = client.call(&request(ask::FAIL, len), PATIENCE).map(drop);
         assert!(matches!(failed, Err(ChannelError::Handler { .. })));
     }
-    for round in 0..3 {
-        let first = upper(20_000 + 100 * round);
-        let (_second, _third) = (upper(20_000), upper(20_000));
+    for _ in 0..3 {
+        // With their headers of 64 bytes they take five pages each.
+        let first = upper(20 * 1024 - 64);
+        let (_second, _third) = (upper(20 * 1024 - 64), upper(20 * 1024 - 64));
         drop(first);
-        // Behind the third one there is no room: it lies in the place of the first.
+        // Behind the third one there is no room: a marker stands there, in a page that no
+        // frame was in, and this lies in the place of the first.
         upper(15_000);
     }
     let items: Vec<Vec<u8>> = (2..40).map(|len| request(ask::UPPER, len)).collect();
