@@ -529,7 +529,10 @@ impl ClientCore {
         let rooms = &batch.words[grant.shape.first()..];
         let rooms = rooms.chunks_exact(grant.shape.room_words());
         for (room, item) in rooms.zip(items) {
-            fill_words(room, item);
+            match <[u8; 8]>::try_from(*item) {
+                Ok(word) => room[0].store(u64::from_le_bytes(word), Ordering::Relaxed),
+                Err(_) => fill_words(room, item),
+            }
         }
         batch.words[1].store(0, Ordering::Relaxed);
         batch.words[0].store(grant.shape.word(), Ordering::Relaxed);

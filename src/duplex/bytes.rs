@@ -65,25 +65,34 @@ enum Source<'a> {
 pub struct FrameBytes<'a> {
     source: Source<'a>,
     len: u32,
-    /// Where they begin in the payload.
-    payload_offset: Option<u64>,
+    /// Where they begin in the payload; [`NOWHERE`] if they do not lie there.
+    payload_offset: u64,
 }
+
+/// No offset of a payload.
+const NOWHERE: u64 = u64::MAX;
 
 impl<'a> FrameBytes<'a> {
     /// The bytes at `place` of a channel; its table and payload are given.
     #[inline]
     pub(super) fn new(slots: &'a Lines, payload: &'a Window, place: Place, len: u32) -> Self {
         match place {
-            Place::Slot(index) => FrameBytes {
-                source: Source::Words(&slots.line(index).0[slot::INLINE..]),
-                len,
-                payload_offset: None,
-            },
+            Place::Slot(index) => FrameBytes::of_slot(slots.line(index), len),
             Place::Payload(offset) => FrameBytes {
                 source: Source::Payload(payload, offset),
                 len,
-                payload_offset: Some(offset),
+                payload_offset: offset,
             },
+        }
+    }
+
+    /// The first `len` inline bytes of a slot; the caller knows that it has so many.
+    #[inline]
+    pub(super) fn of_slot(line: &'a Line, len: u32) -> Self {
+        FrameBytes {
+            source: Source::Words(&line.0[slot::INLINE..]),
+            len,
+            payload_offset: NOWHERE,
         }
     }
 
@@ -94,7 +103,7 @@ impl<'a> FrameBytes<'a> {
         FrameBytes {
             len: len.min(u32::try_from(8 * words.len()).unwrap_or(u32::MAX)),
             source: Source::Words(words),
-            payload_offset: Some(payload_offset),
+            payload_offset,
         }
     }
 
@@ -120,7 +129,7 @@ impl<'a> FrameBytes<'a> {
 
     /// Where they begin in the payload; none for a frame that lies in its slot.
     pub fn payload_offset(&self) -> Option<u64> {
-        self.payload_offset
+        Some(self.payload_offset).filter(|at| *at != NOWHERE)
     }
 
     /// Copies `out.len()` bytes at `offset` into `out`.

@@ -91,7 +91,7 @@ pub use request::{AcquireError, Grant, Options, Poll};
 #[cfg(not(loom))]
 pub use segment::{ChannelId, ChannelStatus, OpenLimits, Presence, Segment};
 #[cfg(not(loom))]
-pub use server::{Claim, Posts, ServerCore};
+pub use server::{Claim, Posts, Seen, ServerCore};
 pub use state::{Side, State};
 #[cfg(not(loom))]
 pub use waiting::{Pause, Semaphore, Spinner, Waiting};

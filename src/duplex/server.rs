@@ -18,6 +18,8 @@ use crate::shm::{KeptLine, Line, Lines, PeerTrust, TrustedBytes, high_half};
 use crate::sys::futex;
 use crate::units::checked_range;
 
+/// Most bytes of a request that lies in its slot, as part of a length word.
+const MOST_INLINE: u64 = INLINE_BYTES as u64;
 /// The OIEBs are brought up to date once in so many requests, less 1.
 const MIRROR_MASK: u64 = 1023;
 
@@ -79,6 +81,17 @@ impl Claim {
     }
 }
 
+/// What a worker that looks for requests has seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Seen {
+    /// Nothing.
+    Nothing,
+    /// Something: [`ServerCore::claim`] says more.
+    Some,
+    /// A request that is alone and was taken, after so many looks.
+    Alone(u32),
+}
+
 /// What a worker still has to tell the client: answers stored since it last rang,
 /// and counts since it last added them up. One per worker.
 #[derive(Debug, Default)]
@@ -117,6 +130,8 @@ pub struct ServerCore {
     failpoints: bool,
     /// The payload is a part of a region: what changes in it is marked.
     marked: bool,
+    /// One worker and no failpoints: what comes alone is answered the short way.
+    direct: bool,
     /// One worker: it says what it serves in `serving`, and nobody else counts.
     alone: bool,
     counters: KeptLine,
@@ -124,6 +139,8 @@ pub struct ServerCore {
     space_available: KeptLine,
     /// Slot 0.
     first: KeptLine,
+    /// The client's wishes, those of slot 0 in front.
+    first_wish: KeptLine,
     wishes: Lines,
     ring: Lines,
     /// Sequence of the next request.
@@ -176,11 +193,13 @@ impl ServerCore {
             places: u64::from(places),
             failpoints: segment.has_failpoints(),
             marked: segment.is_marked(),
+            direct: workers <= 1 && !segment.has_failpoints(),
             alone: workers <= 1,
             counters: segment.lines().keep(line::SERVER_COUNTERS),
             response_ready: segment.lines().keep(line::RESPONSE_READY),
             space_available: segment.lines().keep(line::SPACE_AVAILABLE),
             first: segment.slots().keep(0),
+            first_wish: segment.wishes().keep(0),
             wishes: segment.wishes().clone(),
             ring: segment.ring().clone(),
             cursor: Own(AtomicU64::new(first)),
@@ -219,10 +238,16 @@ impl ServerCore {
         })
     }
 
-    /// Takes the next request as [`ServerCore::claim`] does, after up to `looks` looks
-    /// that touch nothing but the two lines it may come in.
-    #[inline]
-    pub fn claim_within(&self, looks: u32, posts: &mut Posts) -> Option<Claim> {
+    /// Looks for the next request up to `looks` times, and touches nothing but the two
+    /// lines it may come in. One that is alone, in slot 0, and an ordinary one, is taken
+    /// into `claim` at once: answer it by [`ServerCore::respond_alone`].
+    #[inline(always)]
+    pub fn look_for_request(
+        &self,
+        looks: u32,
+        posts: &mut Posts,
+        claim: &mut Option<Claim>,
+    ) -> Seen {
         let cursor = self.cursor.0.load(Ordering::Relaxed);
         let lap = state::next_lap(cursor, self.mask);
         let next = &self.slots.line((cursor & self.mask) as usize).0[slot::STATE];
@@ -230,21 +255,73 @@ impl ServerCore {
         posts.pace.hold_off();
         for look in 0..looks {
             if state::is_request(first, lap) {
-                posts.pace.found_after(look);
                 // See `state::awaited`.
-                if !self.alone || state::is_request(next, cursor) {
-                    return self.claim(posts);
+                if !self.direct || state::is_request(next, cursor) {
+                    posts.pace.found_after(look);
+                    return Seen::Some;
                 }
-                self.cursor.0.store(lap + 1, Ordering::Relaxed);
-                return Some(self.taken(lap, &self.first, posts));
+                return self.take_alone(lap, look, posts, claim);
             }
             if state::is_request(next, cursor) {
-                return self.claim(posts);
+                return Seen::Some;
             }
             // Without it the poll takes the line back from who is about to write it.
             std::hint::spin_loop();
         }
-        None
+        Seen::Nothing
+    }
+
+    #[inline(always)]
+    fn take_alone(
+        &self,
+        sequence: Sequence,
+        look: u32,
+        posts: &mut Posts,
+        claim: &mut Option<Claim>,
+    ) -> Seen {
+        let length = self.first.0[slot::LENGTH].load(Ordering::Relaxed);
+        let cancelled = self.first_wish.0[0].load(Ordering::Relaxed) == sequence;
+        let ordinary =
+            u64::from(slot::IN_SLOT) << 32..=u64::from(slot::IN_SLOT) << 32 | MOST_INLINE;
+        if cancelled || !ordinary.contains(&length) {
+            posts.pace.found_after(look);
+            return Seen::Some;
+        }
+        self.cursor.0.store(sequence + 1, Ordering::Relaxed);
+        posts.read += 1;
+        *claim = Some(Claim {
+            sequence,
+            slot: 0,
+            place: Place::Slot(0),
+            len: length as u32,
+            capacity: INLINE_BYTES as u32,
+            flags: slot::IN_SLOT,
+            cancelled: false,
+            malformed: false,
+        });
+        let serving = &self.counters.0[server_counter::SERVING];
+        serving.store(sequence, Ordering::Relaxed);
+        // SYNC(serving): as in `begin_handler`.
+        std::sync::atomic::fence(Ordering::Release);
+        Seen::Alone(look)
+    }
+
+    /// The bytes of a request that [`ServerCore::look_for_request`] took.
+    #[inline(always)]
+    pub fn bytes_alone(&self) -> FrameBytes<'_> {
+        FrameBytes::of_slot(&self.first, INLINE_BYTES as u32)
+    }
+
+    /// Answers a request that [`ServerCore::look_for_request`] took with as many bytes as
+    /// it has, and hands the answer over before anything else is done.
+    #[inline(always)]
+    pub fn respond_alone(&self, claim: &Claim, look: u32, posts: &mut Posts) {
+        let word = &self.first.0[slot::STATE];
+        state::hand_over(word, claim.sequence, State::Response);
+        posts.pace.found_after(look);
+        posts.written_bytes += u64::from(claim.len);
+        self.note_answer(claim, posts);
+        self.counters.0[server_counter::SERVING].store(0, Ordering::Relaxed);
     }
 
     /// Takes the next request. A core that was made for one worker is to be asked by
@@ -455,15 +532,11 @@ impl ServerCore {
                 state::hand_over(word, claim.sequence, state);
                 self.pass(Failpoint::ServerCompletion);
             }
-            let ticket = self.draw();
-            let place = self.ring.word((ticket & (self.places - 1)) as usize);
-            completion::push(place, ticket, claim.sequence, claim.slot as u16);
+            self.note_answer(claim, posts);
             if !self.alone {
                 self.pass(Failpoint::ServerCompletion);
                 state::hand_over(word, claim.sequence, state);
             }
-            posts.answers += 1;
-            posts.mask |= 1 << (claim.slot % 32);
         }
         if self.alone {
             self.counters.0[server_counter::SERVING].store(0, Ordering::Relaxed);
@@ -487,6 +560,16 @@ impl ServerCore {
         if begin < last && last < self.segment.geometry().payload_size {
             self.segment.mark(last..last + UNIT);
         }
+    }
+
+    /// Stores the entry of an answer in the completion ring.
+    #[inline]
+    fn note_answer(&self, claim: &Claim, posts: &mut Posts) {
+        let ticket = self.draw();
+        let place = self.ring.word((ticket & (self.places - 1)) as usize);
+        completion::push(place, ticket, claim.sequence, claim.slot as u16);
+        posts.answers += 1;
+        posts.mask |= 1 << (claim.slot % 32);
     }
 
     #[inline]

@@ -56,11 +56,15 @@ impl Line {
 pub fn prefetch_to_write(words: &[AtomicU64], most: usize) {
     for word in words.iter().step_by(WORDS / 2).take(most) {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: required: nothing; as for `Line::prefetch_word`. A processor that
-        // does not know the hint ignores it.
+        // SAFETY: required: nothing; as for `Line::prefetch_word`. 64-bit processors that
+        // do not know the instruction take it for none. Written out, since the
+        // compiler's hint of that name becomes one for reading.
         unsafe {
-            use core::arch::x86_64::{_MM_HINT_ET0, _mm_prefetch};
-            _mm_prefetch::<_MM_HINT_ET0>(word.as_ptr().cast());
+            core::arch::asm!(
+                "prefetchw [{}]",
+                in(reg) word.as_ptr(),
+                options(nostack, preserves_flags, readonly),
+            );
         }
         #[cfg(not(target_arch = "x86_64"))]
         let _ = word;

@@ -58,11 +58,14 @@ impl DuplexClient {
     }
 
     /// Sends `items` as one batch, each with room for a response of `capacity` bytes, or
-    /// as long as the longest request of all.
+    /// as long as the longest request of all. It is received by
+    /// [`DuplexClient::receive_batch`]; received as any other response it is its frame's
+    /// bytes. It takes room in the payload, however small it is: 80 bytes, 4 for each
+    /// item and what all of them have room for, in units of 64.
     ///
     /// # Errors
     /// [`ChannelError::Items`], [`ChannelError::NoBatches`]; as
-    /// [`DuplexClient::send_request`]. A batch always lies in the payload.
+    /// [`DuplexClient::send_request`].
     pub fn send_batch(&self, items: &[&[u8]], capacity: usize) -> Result<Sequence, ChannelError> {
         let mut core = self.core.borrow_mut();
         let sequence = core.submit_batch(items, capacity)?;

@@ -45,22 +45,28 @@ impl From<OutOfRange> for HandlerError {
 pub struct Frame<'a> {
     core: &'a ServerCore,
     claim: &'a Claim,
-    /// If the frame is one item of a batch: its number, and its whole room.
-    item: Option<(usize, FrameBytes<'a>)>,
+    /// All bytes that the response may have.
+    room: FrameBytes<'a>,
+    /// Its number within its batch.
+    item: Option<usize>,
     len: usize,
     trust: Option<PeerTrust>,
     bytes: Option<TrustedBytes<'a>>,
 }
 
 impl<'a> Frame<'a> {
+    /// The request `claim`, which has these bytes.
+    #[inline(always)]
     pub(super) fn new(
         core: &'a ServerCore,
         claim: &'a Claim,
+        room: FrameBytes<'a>,
         trust: Option<PeerTrust>,
     ) -> Frame<'a> {
         Frame {
             core,
             claim,
+            room,
             item: None,
             len: claim.len(),
             trust,
@@ -68,28 +74,19 @@ impl<'a> Frame<'a> {
         }
     }
 
-    /// One item of the batch `claim`: its number, its whole room and the request's length.
-    #[inline]
-    pub(super) fn of_item(
-        core: &'a ServerCore,
-        claim: &'a Claim,
-        (item, room): (usize, FrameBytes<'a>),
-        len: usize,
-        trust: Option<PeerTrust>,
-    ) -> Frame<'a> {
-        Frame {
-            core,
-            claim,
-            item: Some((item, room)),
-            len,
-            trust,
-            bytes: None,
-        }
+    /// From now on it is an item of the batch: its number, its bytes, and its request's
+    /// length.
+    #[inline(always)]
+    pub(super) fn take_item(&mut self, item: usize, room: FrameBytes<'a>, len: usize) {
+        self.item = Some(item);
+        self.room = room;
+        self.len = len;
+        self.bytes = None;
     }
 
     /// The number of the request within its batch, from 0; none if it came alone.
     pub fn item(&self) -> Option<usize> {
-        self.item.map(|(item, _)| item)
+        self.item
     }
 
     /// The request's number, which the response keeps; items of a batch have that of
@@ -110,10 +107,7 @@ impl<'a> Frame<'a> {
 
     /// Bytes that the response may have: what the client reserved.
     pub fn capacity(&self) -> usize {
-        match &self.item {
-            Some((_, room)) => room.len(),
-            None => self.claim.capacity(),
-        }
+        self.room.len()
     }
 
     /// Whether nobody waits for the response.
@@ -135,10 +129,7 @@ impl<'a> Frame<'a> {
     /// Its bytes, to be copied in and out.
     #[inline]
     pub fn view(&self) -> FrameBytes<'_> {
-        match &self.item {
-            Some((_, room)) => room.first(self.len),
-            None => self.core.bytes(self.claim, self.len),
-        }
+        self.room.first(self.len)
     }
 
     /// Changes all bytes through a buffer of 16 KiB; see [`FrameBytes::update_chunks`].
@@ -153,12 +144,9 @@ impl<'a> Frame<'a> {
     /// [`HandlerError`] if it was not.
     pub fn data_mut(&mut self) -> Result<&mut [u8], HandlerError> {
         if self.bytes.is_none() {
-            self.bytes = match (self.trust, &self.item) {
+            self.bytes = match (self.trust, self.room.payload_offset()) {
+                (Some(trust), Some(at)) => self.core.trusted_part(at, self.room.len(), trust),
                 (Some(trust), None) => self.core.trusted_bytes(self.claim, trust),
-                (Some(trust), Some((_, room))) => {
-                    let part = |at| self.core.trusted_part(at, room.len(), trust);
-                    room.payload_offset().and_then(part)
-                }
                 (None, _) => None,
             };
         }

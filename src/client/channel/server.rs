@@ -12,7 +12,8 @@ use super::ChannelError;
 use super::frame::{Frame, HandlerError};
 use super::wait::{HOT_LOOKS, Waiter};
 use crate::duplex::{
-    ChannelStatus, Claim, ErrorCode, Posts, Segment, Semaphore, Sequence, ServerCore, Side, Waiting,
+    ChannelStatus, Claim, ErrorCode, Posts, Seen, Segment, Semaphore, Sequence, ServerCore, Side,
+    Waiting,
 };
 use crate::limits::MAX_CHANNEL_WORKERS;
 use crate::shm::PeerTrust;
@@ -456,14 +457,22 @@ impl Channel {
             }
         }
         loop {
-            let claimed = match worker.waiter.is_hot() {
-                true => core.claim_within(HOT_LOOKS, &mut worker.posts),
-                false => None,
+            let seen = match worker.waiter.is_hot() {
+                true => core.look_for_request(HOT_LOOKS, &mut worker.posts, &mut worker.claim),
+                false => Seen::Nothing,
             };
-            let Some(claim) = claimed.or_else(|| self.wait_for_request(worker)) else {
-                return;
-            };
-            self.serve(claim, handler, on_init, worker);
+            if let Seen::Alone(look) = seen {
+                self.serve_alone(look, handler, on_init, worker);
+            } else {
+                let claimed = match seen {
+                    Seen::Some => core.claim(&mut worker.posts),
+                    _ => None,
+                };
+                let Some(claim) = claimed.or_else(|| self.wait_for_request(worker)) else {
+                    return;
+                };
+                self.serve(claim, handler, on_init, worker);
+            }
             while !core.is_post_due(&worker.posts) {
                 let Some(claim) = core.claim(&mut worker.posts) else {
                     break;
@@ -497,6 +506,44 @@ impl Channel {
         self.ending.load(Ordering::Acquire) || self.core.segment().is_stopped(Side::Client)
     }
 
+    /// Serves the request in the worker's hands that came alone: between seeing it and
+    /// handing its answer over nothing is done but what the handler needs.
+    #[inline(always)]
+    fn serve_alone(
+        &self,
+        look: u32,
+        (handler, trust): &(Box<Handler>, Option<PeerTrust>),
+        on_init: Option<&OnInit>,
+        worker: &mut Worker,
+    ) {
+        let core = &self.core;
+        if let Some(on_init) = on_init {
+            self.greet(on_init);
+        }
+        let Some(claim) = &worker.claim else { return };
+        let mut frame = Frame::new(core, claim, core.bytes_alone(), *trust);
+        let outcome = handler(&mut frame);
+        let len = frame.len();
+        if outcome.is_ok() && len == claim.len() {
+            core.respond_alone(claim, look, &mut worker.posts);
+            worker.claim = None;
+        } else {
+            self.conclude(outcome, len, worker);
+        }
+    }
+
+    /// Answers the request in the worker's hands.
+    #[inline(never)]
+    fn conclude(&self, outcome: Result<(), HandlerError>, len: usize, worker: &mut Worker) {
+        let Some(claim) = worker.claim.take() else {
+            return;
+        };
+        match outcome {
+            Ok(()) => self.core.respond(claim, len, &mut worker.posts),
+            Err(error) => self.fail(claim, error, &mut worker.posts),
+        }
+    }
+
     #[inline]
     fn serve(
         &self,
@@ -521,16 +568,11 @@ impl Channel {
             return;
         }
         let (handler, trust) = service;
-        let mut frame = Frame::new(&self.core, claim, *trust);
+        let room = self.core.bytes(claim, claim.capacity());
+        let mut frame = Frame::new(&self.core, claim, room, *trust);
         let outcome = handler(&mut frame);
         let len = frame.len();
-        let Some(claim) = worker.claim.take() else {
-            return;
-        };
-        match outcome {
-            Ok(()) => self.core.respond(claim, len, &mut worker.posts),
-            Err(error) => self.fail(claim, error, &mut worker.posts),
-        }
+        self.conclude(outcome, len, worker);
     }
 
     /// Goes through the items of the batch in the worker's hands, from the one that it is
@@ -549,22 +591,20 @@ impl Channel {
             return;
         };
         batch.prefetch();
-        while worker.item < batch.len() {
-            let item = worker.item;
+        // One for all items: each changes what differs.
+        let mut frame = Frame::new(&self.core, claim, batch.bytes(0, 0), *trust);
+        for item in worker.item..batch.len() {
+            // There it is found if the handler panics.
+            worker.item = item;
             let Some(asked) = batch.request(item) else {
                 self.fail_item(claim, item, malformed());
-                worker.item += 1;
                 continue;
             };
-            let room = batch.bytes(item, batch.room());
-            let mut frame = Frame::of_item(&self.core, claim, (item, room), asked, *trust);
-            let outcome = handler(&mut frame);
-            let len = frame.len();
-            match outcome {
-                Ok(()) => batch.respond(item, asked, len),
+            frame.take_item(item, batch.bytes(item, batch.room()), asked);
+            match handler(&mut frame) {
+                Ok(()) => batch.respond(item, asked, frame.len()),
                 Err(error) => self.fail_item(claim, item, error),
             }
-            worker.item += 1;
         }
         if let Some(claim) = worker.claim.take() {
             let len = claim.len();
