@@ -86,6 +86,12 @@ limits! {
     MAX_SPACE_CLIENTS = 65_536, Count;
     /// Most unanswered operations of one connection that a space's file may allow.
     MAX_SPACE_IN_FLIGHT = 65_536, Count;
+    /// Longest range of one operation on a server of a space; clients split what is longer.
+    MAX_SPACE_OPERATION = MIB, Bytes;
+    /// Bytes of a segment that change as one; what an operation touches in it is seen whole or not at all.
+    SPACE_STRIPE = 64 * KIB, Bytes;
+    /// Operations in one batch on a server of a space.
+    MAX_SPACE_BATCH = 64, Count;
     /// Longest deadline of one operation on a space.
     SPACE_DEADLINE_CEILING_MS = 3_600_000, Millis;
     /// Smallest file of a log of operations, before it is rotated.

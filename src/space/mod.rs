@@ -13,6 +13,7 @@
 //!
 //! - [`SpaceMap`] knows k and the servers; it locates addresses and splits ranges.
 //! - [`SpaceConfig`] is the one file, `mcomp.cfg`, that all machines have.
+//! - [`frame`] is what travels between a client and one server.
 //!
 //! Invariants:
 //! - I1: the parts of a split lie in order, touch each other and make up the range.
@@ -21,6 +22,7 @@
 //!   the writing of sizes and everything that is not the map do not count.
 
 pub mod config;
+pub mod frame;
 pub mod map;
 
 pub use config::{Durability, SnapshotMode, SpaceConfig, SpaceConfigError};
