@@ -92,6 +92,10 @@ limits! {
     SPACE_STRIPE = 64 * KIB, Bytes;
     /// Operations in one batch on a server of a space.
     MAX_SPACE_BATCH = 64, Count;
+    /// Replies to one client of a space that wait to be sent, before nothing more is carried out for it.
+    SPACE_SEND_QUEUE = 4 * MIB, Bytes;
+    /// Time for which a client of a space may stay in the middle of a request, or leave replies unread.
+    SPACE_STALL_MS = 60_000, Millis;
     /// Longest deadline of one operation on a space.
     SPACE_DEADLINE_CEILING_MS = 3_600_000, Millis;
     /// Smallest file of a log of operations, before it is rotated.

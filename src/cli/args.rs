@@ -34,6 +34,7 @@ Examples:
   uffd-sync serve --listen 127.0.0.1:7411           others on this host may follow shared regions
   uffd-sync serve --socket /tmp/b.sock --follow tcp://127.0.0.1:7411/prices
   uffd-sync serve --config node.toml
+  uffd-sync serve --space mcomp.cfg --server a      lends the segment of server a
 
 Signals:
   SIGTERM, SIGINT   send what is pending, then end (at most 3 s)
@@ -157,6 +158,16 @@ pub struct ServeArgs {
     /// Log filter, for example info or uffd_sync=debug [default: info]
     #[arg(long, value_name = "FILTER")]
     pub log: Option<String>,
+    /// Lends a segment to the address space of this file
+    #[arg(long, value_name = "FILE", requires = "server")]
+    pub space: Option<PathBuf>,
+    /// Name of the server in that file that this node is
+    #[arg(long, value_name = "NAME", requires = "space")]
+    pub server: Option<String>,
+    /// Unix socket of the segment, for clients on this host [default: in the folder of the
+    /// default control socket, named by the map's digest and the server]
+    #[arg(long, value_name = "PATH", requires = "space")]
+    pub space_socket: Option<PathBuf>,
     /// Ends when standard input does, so that a node does not outlive who started it
     #[arg(long, hide = true)]
     pub until_eof: bool,

@@ -3,7 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::unix::fs::DirBuilderExt;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::Context;
 use tracing_subscriber::layer::SubscriberExt;
@@ -12,6 +12,7 @@ use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
 
 use super::args::ServeArgs;
 use super::demo::children::on_end_of_input;
+use crate::node::space::SpaceFlags;
 use crate::node::{self, ConfigSource, NodeConfig, NodeFlags};
 use crate::sys::process::PidFd;
 
@@ -28,12 +29,16 @@ pub(super) fn run(args: ServeArgs, socket: Option<PathBuf>) -> anyhow::Result<()
             metrics: args.metrics,
             follow: args.follow,
             log: args.log,
+            space: space_of(args.space, args.server, args.space_socket),
         },
     };
     // Read here for the log and the socket's folder; the node reads it for the rest.
     let config = source.load()?;
     let log = start_log(&config.log)?;
-    make_default_folder(&config.socket)?;
+    let beside = source.flags.space.as_ref();
+    if config.socket == node::default_socket() || beside.is_some_and(|it| it.socket.is_none()) {
+        make_default_folder()?;
+    }
     let ready = |config: &NodeConfig, listen: Option<std::net::SocketAddr>| {
         tell_ready(config, listen);
         if until_eof && let Err(error) = end_with_input() {
@@ -45,10 +50,25 @@ pub(super) fn run(args: ServeArgs, socket: Option<PathBuf>) -> anyhow::Result<()
     served.context("serving")
 }
 
-/// Makes the folder of the default socket, for this user alone. Any other socket is
+fn space_of(
+    file: Option<PathBuf>,
+    server: Option<String>,
+    socket: Option<PathBuf>,
+) -> Option<SpaceFlags> {
+    // Neither is given without the other.
+    let (file, server) = file.zip(server)?;
+    Some(SpaceFlags {
+        file,
+        server,
+        socket,
+    })
+}
+
+/// Makes the folder of the default sockets, for this user alone. Any other socket is
 /// put where the user has a folder for it.
-fn make_default_folder(socket: &Path) -> anyhow::Result<()> {
-    let Some(folder) = socket.parent().filter(|_| socket == node::default_socket()) else {
+fn make_default_folder() -> anyhow::Result<()> {
+    let socket = node::default_socket();
+    let Some(folder) = socket.parent() else {
         return Ok(());
     };
     match fs::DirBuilder::new().mode(0o700).create(folder) {

@@ -34,6 +34,7 @@ mod peers;
 mod regions;
 mod requests;
 mod sources;
+pub mod space;
 mod status;
 mod timers;
 mod tracked;

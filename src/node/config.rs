@@ -33,6 +33,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer};
 
+use super::space::SpaceFlags;
 use crate::engine::variables::{VariablesConfig, VariablesError, place_of};
 use crate::limits;
 use crate::units::{ByteSize, ParseSizeError};
@@ -209,6 +210,8 @@ pub struct NodeFlags {
     pub follow: Vec<FollowSpec>,
     /// Replaces `log`.
     pub log: Option<String>,
+    /// The segment of a space that this node lends besides; no file has it.
+    pub space: Option<SpaceFlags>,
 }
 
 /// Where a node's configuration comes from, kept so that `SIGHUP` can load it again.
@@ -453,7 +456,7 @@ fn host_name() -> String {
     if valid { name } else { "node" }.to_owned()
 }
 
-fn is_loopback(address: IpAddr) -> bool {
+pub(super) fn is_loopback(address: IpAddr) -> bool {
     address.to_canonical().is_loopback()
 }
 

@@ -22,6 +22,7 @@
 
 mod config;
 mod metrics;
+pub mod space;
 pub mod space_file;
 mod variables;
 
@@ -58,6 +59,9 @@ pub enum NodeError {
     /// No thread for the engine.
     #[error("cannot start the engine's thread")]
     Thread(#[source] std::io::Error),
+    /// The segment cannot be lent.
+    #[error("the space cannot be served")]
+    Space(#[from] space::SpaceError),
     /// The ordered variables cannot be served.
     #[error("the variables cannot be served")]
     Variables(#[from] StartError),
@@ -199,6 +203,9 @@ pub fn serve(
     let _signals =
         process::SignalFd::block(&[nix::libc::SIGTERM, nix::libc::SIGINT, nix::libc::SIGHUP])?;
     let (_variables, door) = serve_variables(&config)?;
+    let lent = source.flags.space.as_ref();
+    let lent = lent.map(|flags| space::serve(flags, config.insecure));
+    let _space = lent.transpose()?;
     let settings = Settings {
         signals: true,
         variables: door,

@@ -14,6 +14,7 @@
 //! - [`SpaceMap`] knows k and the servers; it locates addresses and splits ranges.
 //! - [`SpaceConfig`] is the one file, `mcomp.cfg`, that all machines have.
 //! - [`frame`] is what travels between a client and one server.
+//! - [`execute`] carries requests out on [`memory`]; [`stripes`] tell readers by mapping.
 //!
 //! Invariants:
 //! - I1: the parts of a split lie in order, touch each other and make up the range.
@@ -22,8 +23,11 @@
 //!   the writing of sizes and everything that is not the map do not count.
 
 pub mod config;
+pub mod execute;
 pub mod frame;
 pub mod map;
+pub mod memory;
+pub mod stripes;
 
 pub use config::{Durability, SnapshotMode, SpaceConfig, SpaceConfigError};
 pub use map::{Located, Part, Server, SpaceMap};

@@ -28,6 +28,7 @@ pub mod posix_shm;
 pub mod probe;
 pub mod process;
 pub mod ring;
+pub mod stream;
 pub mod uffd;
 
 /// A system call that failed.

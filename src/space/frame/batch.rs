@@ -86,8 +86,9 @@ impl ItemResult<'_> {
 }
 
 fn append_padded(body: &mut Vec<u8>, bytes: &[u8]) {
+    let padding = bytes.len().next_multiple_of(8) - bytes.len();
     body.extend_from_slice(bytes);
-    body.resize(body.len().next_multiple_of(8), 0);
+    body.resize(body.len() + padding, 0);
 }
 
 /// The items of a batch whose request has `count` of them. Each is checked when it comes.

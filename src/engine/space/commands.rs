@@ -1,0 +1,51 @@
+//! What other threads ask of the loop: a bounded queue and an eventfd.
+
+use std::sync::Arc;
+use std::sync::mpsc::SyncSender;
+
+use crossbeam_queue::ArrayQueue;
+
+use super::core::SpaceStatus;
+use crate::limits;
+use crate::sys::SysError;
+use crate::sys::process::EventFd;
+
+/// Something to be done between two requests.
+#[derive(Debug)]
+pub(super) enum Command {
+    /// Say how it goes.
+    Status(SyncSender<SpaceStatus>),
+    /// End.
+    Stop,
+}
+
+/// The sending end, cheap to clone, usable from any thread.
+#[derive(Clone, Debug)]
+pub(super) struct Commands {
+    queue: Arc<ArrayQueue<Command>>,
+    bell: Arc<EventFd>,
+}
+
+impl Commands {
+    pub(super) fn new() -> Result<Self, SysError> {
+        Ok(Self {
+            queue: Arc::new(ArrayQueue::new(limits::MAX_COMMANDS as usize)),
+            bell: Arc::new(EventFd::new()?),
+        })
+    }
+
+    /// Hands a command over; false if there is no room.
+    pub(super) fn send(&self, command: Command) -> bool {
+        let sent = self.queue.push(command).is_ok();
+        self.bell.ring();
+        sent
+    }
+
+    pub(super) fn take(&self) -> Option<Command> {
+        self.queue.pop()
+    }
+
+    pub(super) fn bell(&self) -> &EventFd {
+        &self.bell
+    }
+}

@@ -1,0 +1,280 @@
+//! One server of an address space: a thread with a ring of its own that lends a segment.
+//!
+//! ```text
+//!   clients: TCP, Unix socket          loop (one thread, one ring)
+//!   requests  ----- receive -----> frames --> executor --> segment, stripes
+//!   replies   <---- send at once -----------------'            |
+//!   clients on this host <--- map both, read only -------------+
+//! ```
+//! What an operation does is decided by [`crate::space::execute`], a value; here are the
+//! sockets. All operations on the segment run on this thread, so each is atomic.
+//!
+//! - I1: a client is answered before its request is forgotten, or its connection ends; in
+//!   the order of execution.
+//! - I2: nobody changes the segment but this thread.
+//! - I3: everything that a peer makes this server keep is bounded: connections, those that
+//!   have not greeted, bytes received, replies that are not read.
+//!
+//! A failure of one connection ends that one; a failure of the ring ends the server, which
+//! its clients learn by their connections and the liveness word.
+
+mod commands;
+mod connection;
+mod core;
+mod native;
+mod outbox;
+mod run;
+mod speaks;
+#[cfg(test)]
+mod tests;
+
+use std::net::SocketAddr;
+use std::os::fd::OwnedFd;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use self::core::Core;
+pub use self::core::SpaceStatus;
+use commands::{Command, Commands};
+use run::{Loop, OpenDoor};
+pub use speaks::Protocol;
+
+use crate::space::SpaceMap;
+use crate::space::config::SpaceLimits;
+use crate::space::execute::Executor;
+use crate::space::frame::Incarnation;
+use crate::space::memory::Memory;
+use crate::space::stripes::Stripes;
+use crate::sys::{SysError, net};
+
+/// How long the loop may take to say how it goes.
+const ANSWER_DEADLINE: Duration = Duration::from_secs(2);
+
+/// Where a server listens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// On TCP; port 0 takes a free one.
+    Tcp(SocketAddr),
+    /// On a Unix socket of this path.
+    Unix(PathBuf),
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Tcp(address) => write!(f, "{address}"),
+            Self::Unix(path) => write!(f, "{}", path.display()),
+        }
+    }
+}
+
+/// A place, and what is spoken there.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Door {
+    /// Where.
+    pub place: Place,
+    /// What.
+    pub protocol: Protocol,
+}
+
+/// What a server has to know.
+#[derive(Debug)]
+pub struct SpaceServerConfig {
+    /// The map of the whole space.
+    pub map: SpaceMap,
+    /// This server's position in it, from 0.
+    pub position: usize,
+    /// The life of the segment.
+    pub incarnation: Incarnation,
+    /// Bounds.
+    pub limits: SpaceLimits,
+    /// Where it listens.
+    pub doors: Vec<Door>,
+    /// The segment's memory, open for reading only, for clients on this host to map; none
+    /// if they are not to.
+    pub data: Option<OwnedFd>,
+}
+
+/// Why a server cannot start.
+#[derive(Debug, thiserror::Error)]
+pub enum SpaceServerError {
+    /// The map has no such position, or the memory has another size.
+    #[error(
+        "a segment of {memory} bytes for position {position} of {servers} servers of {expected} bytes"
+    )]
+    Segment {
+        /// The position asked for.
+        position: usize,
+        /// Servers that there are.
+        servers: usize,
+        /// Bytes of the memory.
+        memory: u64,
+        /// Bytes that it should have.
+        expected: u64,
+    },
+    /// A place cannot be listened at.
+    #[error("cannot listen at {place}")]
+    Listen {
+        /// Which.
+        place: Place,
+        /// What the kernel said.
+        #[source]
+        source: SysError,
+    },
+    /// The system refuses what the loop needs.
+    #[error("the server of the space cannot run; `uffd-sync doctor` says what is missing")]
+    Kernel(#[from] SysError),
+    /// No thread.
+    #[error("cannot start a thread for the server of the space")]
+    Thread(#[source] std::io::Error),
+    /// The thread ended before it said anything.
+    #[error("the thread of the server of the space ended at its start")]
+    Ended,
+}
+
+/// A running server. Dropping it stops it.
+#[derive(Debug)]
+pub struct SpaceServer {
+    commands: Commands,
+    places: Vec<Place>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl SpaceServer {
+    /// Listens and serves from a thread of its own until it is stopped.
+    ///
+    /// # Errors
+    /// [`SpaceServerError`]; nothing is left running then.
+    pub fn start(
+        config: SpaceServerConfig,
+        memory: Box<dyn Memory + Send>,
+    ) -> Result<Self, SpaceServerError> {
+        let servers = config.map.servers().len();
+        let expected = config.map.segment_size();
+        if config.position >= servers || memory.len() != expected {
+            return Err(SpaceServerError::Segment {
+                position: config.position,
+                servers,
+                memory: memory.len(),
+                expected,
+            });
+        }
+        let doors = config
+            .doors
+            .iter()
+            .map(open)
+            .collect::<Result<Vec<_>, _>>()?;
+        let places = doors.iter().map(|(_, place)| place.clone()).collect();
+        let doors: Vec<OpenDoor> = doors.into_iter().map(|(door, _)| door).collect();
+        let stripes = Stripes::create(expected, config.incarnation)?;
+        let mut descriptors = Vec::new();
+        if let Some(data) = &config.data {
+            let data = data.try_clone().map_err(SpaceServerError::Thread)?;
+            descriptors = vec![Arc::new(data), stripes.descriptor()];
+        }
+        let can_be_mapped = !descriptors.is_empty();
+        let core = Core::new(&config, Executor::new(Some(stripes)), memory, can_be_mapped);
+        let commands = Commands::new()?;
+        let theirs = commands.clone();
+        let (told, started) = mpsc::sync_channel(1);
+        // The ring belongs to the thread that made it.
+        let body = move || match Loop::new(core, doors, descriptors, theirs) {
+            Ok(made) => {
+                let _ = told.send(Ok(()));
+                if let Err(error) = made.run() {
+                    tracing::error!(%error, "the server of the space ended");
+                }
+            }
+            Err(error) => {
+                let _ = told.send(Err(error));
+            }
+        };
+        let thread = std::thread::Builder::new().name("space".into()).spawn(body);
+        let thread = thread.map_err(SpaceServerError::Thread)?;
+        started.recv().map_err(|_| SpaceServerError::Ended)??;
+        Ok(Self {
+            commands,
+            places,
+            thread: Some(thread),
+        })
+    }
+
+    /// The first TCP address that it listens at, with the real port.
+    pub fn address(&self) -> Option<SocketAddr> {
+        self.places.iter().find_map(|place| match place {
+            Place::Tcp(address) => Some(*address),
+            Place::Unix(_) => None,
+        })
+    }
+
+    /// All places that it listens at, in the order of the configuration.
+    pub fn places(&self) -> &[Place] {
+        &self.places
+    }
+
+    /// How it goes; none if the loop does not answer.
+    pub fn status(&self) -> Option<SpaceStatus> {
+        let (answer, answered) = mpsc::sync_channel(1);
+        if !self.commands.send(Command::Status(answer)) {
+            return None;
+        }
+        answered.recv_timeout(ANSWER_DEADLINE).ok()
+    }
+
+    /// Answers what was received, and ends.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        let Some(thread) = self.thread.take() else {
+            return;
+        };
+        while !self.commands.send(Command::Stop) && !thread.is_finished() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        if thread.join().is_err() {
+            tracing::error!("the server of the space ended by a panic");
+        }
+        for place in &self.places {
+            if let Place::Unix(path) = place {
+                // Somebody may have removed it already.
+                let _ = std::fs::remove_file(path);
+            }
+        }
+    }
+}
+
+impl Drop for SpaceServer {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+/// A listening socket and its real place.
+fn open(door: &Door) -> Result<(OpenDoor, Place), SpaceServerError> {
+    let refused = |source| SpaceServerError::Listen {
+        place: door.place.clone(),
+        source,
+    };
+    let (socket, place) = match &door.place {
+        Place::Tcp(address) => {
+            let socket = net::tcp_listen(*address).map_err(refused)?;
+            let address = net::local_addr(&socket)?;
+            (socket, Place::Tcp(address))
+        }
+        Place::Unix(path) => {
+            let socket = net::unix_listen(path).map_err(refused)?;
+            (socket, door.place.clone())
+        }
+    };
+    let open = OpenDoor {
+        socket: Arc::new(socket),
+        protocol: door.protocol.clone(),
+        is_local: matches!(place, Place::Unix(_)),
+    };
+    Ok((open, place))
+}

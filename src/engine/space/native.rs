@@ -1,0 +1,188 @@
+//! The space's own protocol on one connection.
+
+use super::core::Core;
+use super::outbox::Outbox;
+use super::speaks::{Broken, Taken};
+use crate::space::frame::{
+    self, HAS_MAPPING, HAS_REPLICA, HELLO_BYTES, Hello, Operation, REPLY_BYTES, REQUEST_BYTES,
+    Refusal, Reply, ReplyHeader, Request, RequestHeader, Status, WANTS_MAPPING, Welcome,
+};
+
+/// One client's connection: greeting, then requests.
+pub(crate) struct Native {
+    /// Whether it comes over a Unix socket, which can carry descriptors.
+    is_local: bool,
+    state: State,
+    /// The header at the front, once it was checked.
+    header: Option<RequestHeader>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    Greeting,
+    Welcomed,
+    TurnedAway,
+}
+
+impl Native {
+    pub(super) fn new(is_local: bool) -> Self {
+        Self {
+            is_local,
+            state: State::Greeting,
+            header: None,
+        }
+    }
+
+    pub(super) fn is_greeted(&self) -> bool {
+        self.state == State::Welcomed
+    }
+
+    pub(super) fn ended(&self, core: &mut Core) {
+        if self.state == State::Welcomed {
+            core.clients -= 1;
+        }
+    }
+
+    pub(super) fn take(
+        &mut self,
+        input: &[u8],
+        core: &mut Core,
+        out: &mut Outbox,
+    ) -> Result<Taken, Broken> {
+        match self.state {
+            State::Welcomed => self.request(input, core, out),
+            State::Greeting => self.greeting(input, core, out),
+            State::TurnedAway => Ok(Taken::Farewell),
+        }
+    }
+
+    fn greeting(
+        &mut self,
+        input: &[u8],
+        core: &mut Core,
+        out: &mut Outbox,
+    ) -> Result<Taken, Broken> {
+        let Some((hello, _)) = input.split_first_chunk::<HELLO_BYTES>() else {
+            return Ok(Taken::Needs(HELLO_BYTES));
+        };
+        let hello = Hello::decode(hello).map_err(|error| error.to_string())?;
+        let refusal = refusal_of(&hello, core);
+        self.state = if refusal == Refusal::None {
+            core.clients += 1;
+            State::Welcomed
+        } else {
+            core.turned_away += 1;
+            tracing::info!(?refusal, "a client was turned away");
+            State::TurnedAway
+        };
+        let mut flags = 0;
+        if core.card.replicated {
+            flags |= HAS_REPLICA;
+        }
+        let mapped = self.is_local && hello.flags & WANTS_MAPPING != 0 && core.can_be_mapped();
+        if mapped && refusal == Refusal::None {
+            flags |= HAS_MAPPING;
+            out.with_descriptors = true;
+        }
+        let welcome = Welcome {
+            version: frame::VERSION,
+            refusal,
+            map: core.card.map,
+            server: core.card.position,
+            flags,
+            incarnation: core.card.incarnation,
+            segment_size: core.card.segment_size,
+            epoch: 0,
+            max_in_flight: core.card.max_in_flight,
+        };
+        out.bytes().extend(welcome.encode());
+        Ok(Taken::Bytes(HELLO_BYTES))
+    }
+
+    fn request(
+        &mut self,
+        input: &[u8],
+        core: &mut Core,
+        out: &mut Outbox,
+    ) -> Result<Taken, Broken> {
+        let Some((bytes, rest)) = input.split_first_chunk::<REQUEST_BYTES>() else {
+            return Ok(Taken::Needs(REQUEST_BYTES));
+        };
+        // A body that comes in pieces has its header checked once.
+        let header = match self.header.take() {
+            Some(header) => header,
+            None => RequestHeader::decode(bytes).map_err(|error| error.to_string())?,
+        };
+        let body_len = header.body_len as usize;
+        let Some(body) = rest.get(..body_len) else {
+            self.header = Some(header);
+            return Ok(Taken::Needs(REQUEST_BYTES + body_len));
+        };
+        header.check_body(body).map_err(|error| error.to_string())?;
+        let request = &header.request;
+        let too_many = out.unanswered() as u64 >= u64::from(core.card.max_in_flight);
+        let from = out.bytes().len();
+        let bytes = out.bytes();
+        bytes.resize(from + REPLY_BYTES, 0);
+        let reply = if too_many {
+            refused(request, Status::TooMany)
+        } else if core.stopping {
+            refused(request, Status::Stopping)
+        } else if request.operation == Operation::Stat {
+            bytes.extend(core.stat());
+            refused(request, Status::Done)
+        } else {
+            core.execute(request, body, bytes)
+        };
+        let (header, body) = bytes[from..].split_at_mut(REPLY_BYTES);
+        header.copy_from_slice(&reply.encode(body));
+        out.reply(from, core.barrier());
+        Ok(Taken::Bytes(REQUEST_BYTES + body_len))
+    }
+
+    /// A change keeps its outcome, but says that no replica has it.
+    pub(super) fn not_acknowledged(reply: &mut [u8]) {
+        let Some((bytes, body)) = reply.split_first_chunk_mut::<REPLY_BYTES>() else {
+            return;
+        };
+        let Ok(header) = ReplyHeader::decode(bytes) else {
+            return;
+        };
+        if header.reply.status == Status::Done && header.reply.operation.changes() {
+            let reply = Reply {
+                status: Status::NotAcknowledged,
+                ..header.reply
+            };
+            *bytes = reply.encode(body);
+        }
+    }
+}
+
+/// A reply that says no more than its status.
+fn refused(request: &Request, status: Status) -> Reply {
+    Reply {
+        id: request.id,
+        epoch: 0,
+        operation: request.operation,
+        status,
+        flags: 0,
+        value: 0,
+    }
+}
+
+fn refusal_of(hello: &Hello, core: &Core) -> Refusal {
+    let card = &core.card;
+    if !(hello.versions.0..=hello.versions.1).contains(&frame::VERSION) {
+        Refusal::Version
+    } else if hello.map != card.map {
+        Refusal::Map
+    } else if hello.server != card.position {
+        Refusal::Server
+    } else if core.stopping {
+        Refusal::Stopping
+    } else if core.clients >= card.max_clients {
+        Refusal::Clients
+    } else {
+        Refusal::None
+    }
+}

@@ -1,0 +1,242 @@
+//! The loop of one server: one thread, one ring, the segment worked on by nobody else.
+//!
+//! - I1: whatever the ring is told waits for is submitted and waited for by one call at the
+//!   end of a turn; replies are sent by a call of their own before it, so that they never
+//!   wait for anything.
+//! - I2: a turn is bounded by what its connections may have waiting.
+
+use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::commands::{Command, Commands};
+use super::connection::Connection;
+use super::core::Core;
+use super::outbox::Outbox;
+use super::speaks::Protocol;
+use crate::engine::keys::{Key, Keyed};
+use crate::sys::SysError;
+use crate::sys::buffer::Buffer;
+use crate::sys::futex::Lifeline;
+use crate::sys::ring::{Completion, Op, Ring};
+
+/// Entries of the submission queue.
+const RING_ENTRIES: u32 = 256;
+/// How often deadlines are looked at, while there are any.
+const TICK: Duration = Duration::from_millis(100);
+/// How long replies may take to go when the server ends.
+const DRAIN: Duration = Duration::from_millis(500);
+
+/// What a completion belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Token {
+    Door(u32),
+    Bell,
+    Recv(Key),
+    Room(Key),
+}
+
+impl Token {
+    pub(super) fn to_bits(self) -> u64 {
+        let (kind, rest) = match self {
+            Self::Door(door) => (0, u64::from(door)),
+            Self::Bell => (1, 0),
+            Self::Recv(key) => (2, key.to_bits()),
+            Self::Room(key) => (3, key.to_bits()),
+        };
+        kind << Key::BITS | rest
+    }
+
+    fn from_bits(bits: u64) -> Option<Self> {
+        let rest = bits & ((1 << Key::BITS) - 1);
+        Some(match bits >> Key::BITS {
+            0 => Self::Door(rest as u32),
+            1 => Self::Bell,
+            2 => Self::Recv(Key::from_bits(rest)),
+            3 => Self::Room(Key::from_bits(rest)),
+            _ => return None,
+        })
+    }
+}
+
+/// A listening socket.
+pub(super) struct OpenDoor {
+    pub(super) socket: Arc<OwnedFd>,
+    pub(super) protocol: Protocol,
+    /// Whether it is a Unix socket.
+    pub(super) is_local: bool,
+}
+
+/// One server with its connections. Made and run on one thread.
+pub(super) struct Loop {
+    pub(super) core: Core,
+    pub(super) ring: Ring,
+    pub(super) doors: Vec<OpenDoor>,
+    /// Doors where nothing could be accepted; tried again at the next tick.
+    closed_doors: Vec<u32>,
+    pub(super) connections: Keyed<Connection>,
+    /// In the order of their arrival; some may have greeted since, or gone.
+    pub(super) half_open: VecDeque<Key>,
+    /// Connections with a deadline.
+    pub(super) watched: usize,
+    /// Where replies are made.
+    pub(super) scratch: Outbox,
+    pub(super) spare: Vec<Buffer>,
+    /// Connections with more to carry out.
+    pub(super) again: VecDeque<Key>,
+    /// Connections with replies that wait for a change to be safe.
+    pub(super) held: Vec<Key>,
+    /// All changes up to this one are.
+    pub(super) safe: u64,
+    /// What clients on this host map: the segment and its stripes.
+    pub(super) descriptors: Vec<Arc<OwnedFd>>,
+    commands: Commands,
+    bell: Arc<OwnedFd>,
+    ends_at: Option<Instant>,
+    _life: Option<Lifeline>,
+}
+
+impl Loop {
+    pub(super) fn new(
+        core: Core,
+        doors: Vec<OpenDoor>,
+        descriptors: Vec<Arc<OwnedFd>>,
+        commands: Commands,
+    ) -> Result<Self, SysError> {
+        let stripes = core.executor.stripes();
+        let life = stripes.map(|stripes| stripes.live()).transpose()?;
+        let mut this = Self {
+            safe: if core.card.replicated { 0 } else { u64::MAX },
+            core,
+            ring: Ring::new(RING_ENTRIES)?,
+            closed_doors: (0..doors.len() as u32).collect(),
+            doors,
+            connections: Keyed::new(),
+            half_open: VecDeque::new(),
+            watched: 0,
+            scratch: Outbox::default(),
+            spare: Vec::new(),
+            again: VecDeque::new(),
+            held: Vec::new(),
+            descriptors,
+            bell: Arc::new(commands.bell().try_clone_fd()?),
+            commands,
+            ends_at: None,
+            _life: life,
+        };
+        this.await_bell()?;
+        this.open_doors();
+        Ok(this)
+    }
+
+    fn await_bell(&mut self) -> Result<(), SysError> {
+        let op = Op::Poll {
+            fd: Arc::clone(&self.bell),
+            writable: false,
+        };
+        self.ring.submit(Token::Bell.to_bits(), op)
+    }
+
+    fn open_doors(&mut self) {
+        for door in std::mem::take(&mut self.closed_doors) {
+            let socket = Arc::clone(&self.doors[door as usize].socket);
+            let op = Op::Accept { socket };
+            if let Err(error) = self.ring.submit(Token::Door(door).to_bits(), op) {
+                tracing::warn!(%error, "no clients are taken for a moment");
+                self.closed_doors.push(door);
+            }
+        }
+    }
+
+    /// Runs until it is stopped.
+    pub(super) fn run(mut self) -> Result<(), SysError> {
+        let mut tick = Instant::now();
+        loop {
+            let wait = self.wait(tick);
+            self.ring.enter(wait)?;
+            while let Some(completion) = self.ring.next() {
+                self.dispatch(completion)?;
+            }
+            for _ in 0..self.again.len() {
+                if let Some(key) = self.again.pop_front() {
+                    self.go_on(key);
+                }
+            }
+            if self.needs_ticks() {
+                let now = Instant::now();
+                if now >= tick {
+                    tick = now + TICK;
+                    self.look_after(now);
+                    self.open_doors();
+                }
+                if self
+                    .ends_at
+                    .is_some_and(|at| at <= now || self.is_drained())
+                {
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    fn needs_ticks(&self) -> bool {
+        self.watched > 0 || !self.closed_doors.is_empty() || self.ends_at.is_some()
+    }
+
+    /// How long the kernel may wait for the next completion; for ever where nothing has a
+    /// deadline, which saves it the timer.
+    fn wait(&self, tick: Instant) -> Option<Duration> {
+        if !self.again.is_empty() {
+            return Some(Duration::ZERO);
+        }
+        let ticks = self.needs_ticks();
+        ticks.then(|| tick.saturating_duration_since(Instant::now()))
+    }
+
+    fn dispatch(&mut self, completion: Completion) -> Result<(), SysError> {
+        match Token::from_bits(completion.token) {
+            Some(Token::Recv(key)) => self.received(key, completion),
+            Some(Token::Room(key)) => self.room(key),
+            Some(Token::Door(door)) => {
+                match (completion.accepted, completion.result) {
+                    (Some(socket), _) => self.accepted(door as usize, socket),
+                    (None, Err(error)) => tracing::warn!(%error, "cannot accept a client"),
+                    (None, Ok(_)) => {}
+                }
+                self.closed_doors.push(door);
+                if !self.core.stopping {
+                    self.open_doors();
+                }
+            }
+            Some(Token::Bell) => {
+                self.commands.bell().drain();
+                while let Some(command) = self.commands.take() {
+                    self.obey(command);
+                }
+                self.await_bell()?;
+            }
+            None => {}
+        }
+        Ok(())
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Status(answer) => {
+                // Whoever asked may have given up.
+                let _ = answer.try_send(self.core.status());
+            }
+            Command::Stop => {
+                self.core.stopping = true;
+                self.ends_at = Some(Instant::now() + DRAIN);
+            }
+        }
+    }
+
+    fn is_drained(&self) -> bool {
+        self.connections
+            .iter()
+            .all(|(_, one)| one.out.waiting() == 0)
+    }
+}

@@ -1,0 +1,73 @@
+//! What a connection speaks: bytes in, bytes out.
+
+use super::core::Core;
+use super::native::Native;
+use super::outbox::Outbox;
+
+/// Which protocol is spoken behind a listening socket.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Protocol {
+    /// That of [`crate::space::frame`].
+    Native,
+}
+
+/// What was taken from the front of the bytes received.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Taken {
+    /// So many bytes; more may be taken of what follows.
+    Bytes(usize),
+    /// Nothing: what stands there is whole with that many bytes.
+    Needs(usize),
+    /// Nothing more ever: the connection ends once what was answered has gone.
+    Farewell,
+}
+
+/// Why a connection ends at once.
+pub(crate) type Broken = String;
+
+/// The protocol of one connection, with its state.
+pub(crate) enum Speaks {
+    Native(Native),
+}
+
+impl Speaks {
+    pub(super) fn new(protocol: &Protocol, is_local: bool) -> Self {
+        match protocol {
+            Protocol::Native => Self::Native(Native::new(is_local)),
+        }
+    }
+
+    /// Takes one frame, or whatever else is next, from the front of `input`, carries it
+    /// out and puts the answer into `out`.
+    pub(super) fn take(
+        &mut self,
+        input: &[u8],
+        core: &mut Core,
+        out: &mut Outbox,
+    ) -> Result<Taken, Broken> {
+        match self {
+            Self::Native(native) => native.take(input, core, out),
+        }
+    }
+
+    /// Whether its greeting was accepted: such a connection may be silent.
+    pub(super) fn is_greeted(&self) -> bool {
+        match self {
+            Self::Native(native) => native.is_greeted(),
+        }
+    }
+
+    /// A reply that waited for a replica's acknowledgement goes without it.
+    pub(super) fn not_acknowledged(&self, reply: &mut [u8]) {
+        match self {
+            Self::Native(_) => Native::not_acknowledged(reply),
+        }
+    }
+
+    /// The connection has ended.
+    pub(super) fn ended(&self, core: &mut Core) {
+        match self {
+            Self::Native(native) => native.ended(core),
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! `serve --space FILE --server NAME`: the segment that this host lends to a space.
+//!
+//! Invariants:
+//! - I1: a server that others can reach without protection is refused, unless it was said
+//!   that this is meant.
+//! - I2: each start is a new life of the segment, and says so by its incarnation.
+
+use std::io;
+use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::PathBuf;
+
+use super::config::{default_socket, is_loopback};
+use super::space_file::{self, SpaceFileError};
+use crate::engine::space::{
+    Door, Place, Protocol, SpaceServer, SpaceServerConfig, SpaceServerError,
+};
+use crate::region::{Region, RegionError, RegionOptions};
+use crate::space::frame::Incarnation;
+use crate::space::memory::Segment;
+use crate::space::{Durability, Server, SpaceConfig, SpaceMap};
+use crate::sys::{SysError, memfd};
+use crate::units::OutOfRange;
+use crate::words::{Generation, RegionName};
+
+/// Which server of which space a node is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SpaceFlags {
+    /// The file of the space.
+    pub file: PathBuf,
+    /// The name of the server in it.
+    pub server: String,
+    /// Path of its Unix socket; [`socket_of`] if none.
+    pub socket: Option<PathBuf>,
+}
+
+/// Why a segment cannot be lent.
+#[derive(Debug, thiserror::Error)]
+pub enum SpaceError {
+    /// The file is none.
+    #[error("the space's file cannot be used")]
+    File(#[from] SpaceFileError),
+    /// The name is not in the file.
+    #[error("{} has no server {name:?}; it has {}", file.display(), Names(map))]
+    NoServer {
+        /// The file that was named.
+        file: PathBuf,
+        /// The name asked for.
+        name: Box<str>,
+        /// The servers that there are.
+        map: Box<SpaceMap>,
+    },
+    /// The address of the server means nothing here.
+    #[error("server {name}: {address} is no address of a host")]
+    Address {
+        /// The server.
+        name: RegionName,
+        /// What the file has.
+        address: Box<str>,
+        /// What the resolver said.
+        #[source]
+        source: Option<io::Error>,
+    },
+    /// Other hosts reach the address, and nothing protects it.
+    #[error(
+        "server {name}: {address} can be reached from other hosts and nothing encrypts or \
+         authenticates it; use a loopback address such as 127.0.0.1, or pass --insecure if the \
+         network is trusted"
+    )]
+    Exposed {
+        /// The server.
+        name: RegionName,
+        /// Its address.
+        address: SocketAddr,
+    },
+    /// The file asks for TLS.
+    #[error(
+        "{} has [tls], which is not spoken here: take it out of the file, and pass --insecure \
+         where the network is trusted",
+        file.display()
+    )]
+    Tls {
+        /// The file.
+        file: PathBuf,
+    },
+    /// The segment's memory cannot be made.
+    #[error("the segment's memory is not to be had")]
+    Region(#[from] RegionError),
+    /// The kernel refuses a descriptor.
+    #[error("the segment's memory cannot be passed on")]
+    System(#[from] SysError),
+    /// The region is shorter than the segment.
+    #[error("the segment does not fit its region")]
+    Segment(#[from] OutOfRange),
+    /// The server does not start.
+    #[error("server {name} of the space does not start")]
+    Server {
+        /// The server.
+        name: RegionName,
+        /// Why.
+        #[source]
+        source: SpaceServerError,
+    },
+}
+
+struct Names<'a>(&'a SpaceMap);
+
+impl std::fmt::Display for Names<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        for (at, server) in self.0.servers().iter().enumerate() {
+            if at > 0 {
+                f.write_str(", ")?;
+            }
+            f.write_str(server.name.as_str())?;
+        }
+        Ok(())
+    }
+}
+
+/// Where the server called `name` listens on its own host: beside the default control
+/// socket, named by the map's digest and the server.
+pub fn socket_of(map: &SpaceMap, name: &str) -> PathBuf {
+    let mut short = String::new();
+    for byte in &map.digest()[..6] {
+        short.push_str(&format!("{byte:02x}"));
+    }
+    let file = format!("space-{short}-{name}.sock");
+    default_socket().with_file_name(file)
+}
+
+/// Starts the server that `flags` name.
+pub(super) fn serve(flags: &SpaceFlags, insecure: bool) -> Result<SpaceServer, SpaceError> {
+    let config = space_file::load(&flags.file)?;
+    let position = position_of(&config.map, flags)?;
+    if config.tls.is_some() {
+        let file = flags.file.clone();
+        return Err(SpaceError::Tls { file });
+    }
+    let server = config.map.servers()[position].clone();
+    let address = address_of(&server, insecure)?;
+    let socket = flags.socket.clone();
+    let socket = socket.unwrap_or_else(|| socket_of(&config.map, server.name.as_str()));
+    let segment_size = config.map.segment_size();
+    let region = Region::create(
+        &region_name(&server.name),
+        segment_size,
+        &RegionOptions::default(),
+    )?;
+    let data = memfd::reopen_read_only(region.data_fd())?;
+    let memory = Segment::new(Box::new(region), segment_size, false)?;
+    let incarnation = Incarnation(Generation::random().0);
+    let door = |place| Door {
+        place,
+        protocol: Protocol::Native,
+    };
+    let settings = SpaceServerConfig {
+        position,
+        incarnation,
+        limits: config.limits.clone(),
+        doors: vec![door(Place::Tcp(address)), door(Place::Unix(socket))],
+        data: Some(data),
+        map: config.map.clone(),
+    };
+    let started = SpaceServer::start(settings, Box::new(memory));
+    let started = started.map_err(|source| SpaceError::Server {
+        name: server.name.clone(),
+        source,
+    })?;
+    tell(&config, &server, &started, incarnation);
+    Ok(started)
+}
+
+fn tell(config: &SpaceConfig, server: &Server, started: &SpaceServer, incarnation: Incarnation) {
+    let places: Vec<String> = started.places().iter().map(ToString::to_string).collect();
+    tracing::info!(
+        server = %server.name,
+        places = places.join(", "),
+        %incarnation,
+        "lends its segment"
+    );
+    if config.local_writers {
+        tracing::warn!("local_writers: clients on this host write by the socket all the same");
+    }
+    if config.durability == Durability::Replica {
+        tracing::warn!("durability: replies do not wait for a replica");
+    }
+}
+
+fn position_of(map: &SpaceMap, flags: &SpaceFlags) -> Result<usize, SpaceError> {
+    map.position(&flags.server)
+        .ok_or_else(|| SpaceError::NoServer {
+            file: flags.file.clone(),
+            name: flags.server.as_str().into(),
+            map: Box::new(map.clone()),
+        })
+}
+
+fn address_of(server: &Server, insecure: bool) -> Result<SocketAddr, SpaceError> {
+    let refused = |source| SpaceError::Address {
+        name: server.name.clone(),
+        address: server.address.to_string().into(),
+        source,
+    };
+    let place = (server.address.host.as_str(), server.address.port);
+    let mut found = place
+        .to_socket_addrs()
+        .map_err(|error| refused(Some(error)))?;
+    let address = found.next().ok_or_else(|| refused(None))?;
+    if !insecure && !is_loopback(address.ip()) {
+        return Err(SpaceError::Exposed {
+            name: server.name.clone(),
+            address,
+        });
+    }
+    Ok(address)
+}
+
+/// The name of the region that holds a server's segment.
+fn region_name(server: &RegionName) -> RegionName {
+    let name = format!("space-{server}").parse();
+    name.unwrap_or_else(|_| server.clone())
+}
