@@ -96,6 +96,8 @@ limits! {
     SPACE_SEND_QUEUE = 4 * MIB, Bytes;
     /// Time for which a client of a space may stay in the middle of a request, or leave replies unread.
     SPACE_STALL_MS = 60_000, Millis;
+    /// Time that a server of a space waits awake for the next request of its only client; to be woken takes as long.
+    SPACE_SPIN_US = 20, Micros;
     /// Longest deadline of one operation on a space.
     SPACE_DEADLINE_CEILING_MS = 3_600_000, Millis;
     /// Smallest file of a log of operations, before it is rotated.

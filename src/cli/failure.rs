@@ -15,6 +15,7 @@ use std::process::ExitCode;
 use crate::client::ClientError;
 use crate::client::channel::ChannelError;
 use crate::node::ConfigError;
+use crate::node::space::SpaceError;
 use crate::node::space_file::SpaceFileError;
 use crate::sys::SysError;
 use crate::units::OutOfRange;
@@ -86,6 +87,9 @@ fn code(error: &anyhow::Error) -> u8 {
             || cause.is::<OutOfRange>()
             || cause.is::<ConfigError>()
             || cause.is::<SpaceFileError>()
+            || cause
+                .downcast_ref::<SpaceError>()
+                .is_some_and(SpaceError::is_bad_input)
             || cause
                 .downcast_ref::<ClientError>()
                 .is_some_and(is_bad_request)

@@ -102,6 +102,16 @@ pub enum SpaceError {
     },
 }
 
+impl SpaceError {
+    /// Whether a file or a flag is what has to be changed.
+    pub fn is_bad_input(&self) -> bool {
+        matches!(
+            self,
+            Self::NoServer { .. } | Self::Address { .. } | Self::Exposed { .. } | Self::Tls { .. }
+        )
+    }
+}
+
 struct Names<'a>(&'a SpaceMap);
 
 impl std::fmt::Display for Names<'_> {

@@ -45,6 +45,7 @@ mod refused_calls;
 mod rng;
 mod scan_edges;
 mod scenarios;
+mod space;
 mod space_file;
 mod transactions;
 mod variables;

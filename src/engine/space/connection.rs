@@ -146,6 +146,7 @@ impl Loop {
             return;
         };
         connection.received = Some(buf);
+        self.eager.spoke(key);
         match completion.result {
             Ok(0) => return self.close(key, "the other side closed it"),
             Ok(_) => {}

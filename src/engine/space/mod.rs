@@ -21,6 +21,7 @@
 mod commands;
 mod connection;
 mod core;
+mod eager;
 mod native;
 mod outbox;
 mod run;

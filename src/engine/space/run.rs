@@ -13,9 +13,11 @@ use std::time::{Duration, Instant};
 use super::commands::{Command, Commands};
 use super::connection::Connection;
 use super::core::Core;
+use super::eager::Eager;
 use super::outbox::Outbox;
 use super::speaks::Protocol;
 use crate::engine::keys::{Key, Keyed};
+use crate::limits;
 use crate::sys::SysError;
 use crate::sys::buffer::Buffer;
 use crate::sys::futex::Lifeline;
@@ -94,6 +96,7 @@ pub(super) struct Loop {
     commands: Commands,
     bell: Arc<OwnedFd>,
     ends_at: Option<Instant>,
+    pub(super) eager: Eager,
     _life: Option<Lifeline>,
 }
 
@@ -123,6 +126,7 @@ impl Loop {
             bell: Arc::new(commands.bell().try_clone_fd()?),
             commands,
             ends_at: None,
+            eager: Eager::default(),
             _life: life,
         };
         this.await_bell()?;
@@ -154,6 +158,9 @@ impl Loop {
         let mut tick = Instant::now();
         loop {
             let wait = self.wait(tick);
+            if wait != Some(Duration::ZERO) && self.eager.is_worth_it() {
+                self.look_out()?;
+            }
             self.ring.enter(wait)?;
             while let Some(completion) = self.ring.next() {
                 self.dispatch(completion)?;
@@ -178,6 +185,21 @@ impl Loop {
                 }
             }
         }
+    }
+
+    /// Waits awake for a moment.
+    fn look_out(&mut self) -> Result<(), SysError> {
+        self.ring.enter(Some(Duration::ZERO))?;
+        let until = Instant::now() + Duration::from_micros(limits::SPACE_SPIN_US);
+        let mut found = self.ring.has_work();
+        while !found && Instant::now() < until {
+            for _ in 0..8 {
+                std::hint::spin_loop();
+            }
+            found = self.ring.has_work();
+        }
+        self.eager.looked(found);
+        Ok(())
     }
 
     fn needs_ticks(&self) -> bool {
