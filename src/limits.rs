@@ -92,6 +92,14 @@ limits! {
     SPACE_STRIPE = 64 * KIB, Bytes;
     /// Operations in one batch on a server of a space.
     MAX_SPACE_BATCH = 64, Count;
+    /// Time for a server of a space to greet, once it is connected.
+    SPACE_GREETING_MS = 2_000, Millis;
+    /// Operations that one client of a space may have submitted without taking their answers.
+    MAX_SPACE_TICKETS = 4096, Count;
+    /// Bytes of one client's operations that one server of a space has not yet answered.
+    SPACE_WINDOW = 8 * MIB, Bytes;
+    /// Unanswered operations of one client at one server of a space, whatever it allows.
+    SPACE_CLIENT_IN_FLIGHT = 1024, Count;
     /// Replies to one client of a space that wait to be sent, before nothing more is carried out for it.
     SPACE_SEND_QUEUE = 4 * MIB, Bytes;
     /// Time for which a client of a space may stay in the middle of a request, or leave replies unread.
@@ -102,6 +110,8 @@ limits! {
     SPACE_DEADLINE_CEILING_MS = 3_600_000, Millis;
     /// Smallest file of a log of operations, before it is rotated.
     SPACE_LOG_FLOOR = 64 * KIB, Bytes;
+    /// Operations of a server of a space that wait to be written to its log; more are dropped and counted.
+    SPACE_LOG_QUEUE = 65_536, Count;
     /// Rotated logs, or snapshots, that may be kept.
     MAX_KEPT_FILES = 10_000, Count;
     /// Longest pause between two periodic snapshots: a year, in seconds.

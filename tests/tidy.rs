@@ -37,7 +37,21 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
             "shm",
             "sys",
         ],
-        "node" | "client" => &[
+        "node" => &[
+            "client",
+            "engine",
+            "space",
+            "duplex",
+            "ordered",
+            "replicate",
+            "zerobuffer",
+            "region",
+            "track",
+            "wire",
+            "shm",
+            "sys",
+        ],
+        "client" => &[
             "engine",
             "space",
             "duplex",
@@ -470,7 +484,7 @@ fn self_test() {
             doc("use crate::{units::A, sys::{B, C}, engine::D};"),
             "crate::engine",
         ),
-        ("src/node/a.rs", doc("use crate::client;"), "crate::client"),
+        ("src/client/a.rs", doc("use crate::node;"), "crate::node"),
         (
             "src/region/a.rs",
             doc("fn f() { crate::engine::run() }"),

@@ -10,7 +10,7 @@ use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
 use super::channel::args::{ChannelCommand, EXAMPLES as CHANNEL_EXAMPLES};
-use super::space::{EXAMPLES as SPACE_EXAMPLES, SpaceCommand};
+use super::space::args::{EXAMPLES as SPACE_EXAMPLES, SpaceCommand};
 use super::var::args::{EXAMPLES as VAR_EXAMPLES, VarCommand, VarPartyArgs};
 use crate::units::ByteSize;
 use crate::wire::follow::FollowSpec;
@@ -26,7 +26,7 @@ Examples:
 
 Exit codes:
   0  done    1  failed    2  bad input, nothing changed    3  a kernel feature is missing
-  4  an ordered operation whose outcome nobody knows";
+  4  an operation on a variable or a space whose outcome nobody knows";
 
 const SERVE_EXAMPLES: &str = "\
 Examples:
@@ -91,7 +91,7 @@ pub enum Command {
     /// Reads, writes, compares and watches ordered variables of a running node
     #[command(subcommand, after_help = VAR_EXAMPLES)]
     Var(VarCommand),
-    /// Checks and shows the file of an address space of several servers
+    /// Reads and writes the memory of several servers as one range of addresses; checks its file
     #[command(subcommand, after_help = SPACE_EXAMPLES)]
     Space(SpaceCommand),
     /// Shows a running node: regions, replicas, epochs, rates, memory
@@ -168,6 +168,10 @@ pub struct ServeArgs {
     /// default control socket, named by the map's digest and the server]
     #[arg(long, value_name = "PATH", requires = "space")]
     pub space_socket: Option<PathBuf>,
+    /// Begins the segment with what this replica has of the server's life before, and goes
+    /// on with that life
+    #[arg(long, value_name = "tcp://HOST:PORT/REGION", requires = "space")]
+    pub recover: Option<FollowSpec>,
     /// Ends when standard input does, so that a node does not outlive who started it
     #[arg(long, hide = true)]
     pub until_eof: bool,

@@ -6,7 +6,8 @@
 //! | 1 | failed |
 //! | 2 | bad input: a flag, a file, a name, a size or a range; nothing changed |
 //! | 3 | a kernel feature or permission is missing; `doctor` names the remedy |
-//! | 4 | an ordered operation whose outcome nobody knows: it may have been carried out |
+//! | 4 | an operation on a variable or a space whose outcome nobody knows: it may have been
+//!       carried out |
 
 use std::fmt;
 use std::io::{self, Write};
@@ -14,6 +15,7 @@ use std::process::ExitCode;
 
 use crate::client::ClientError;
 use crate::client::channel::ChannelError;
+use crate::client::space::{self, Failure};
 use crate::node::ConfigError;
 use crate::node::space::SpaceError;
 use crate::node::space_file::SpaceFileError;
@@ -103,6 +105,9 @@ fn code(error: &anyhow::Error) -> u8 {
         {
             return UNKNOWN_OUTCOME;
         }
+        if let Some(error) = cause.downcast_ref::<space::SpaceError>() {
+            return space_code(error);
+        }
         if bad_input {
             return BAD_INPUT;
         }
@@ -111,6 +116,28 @@ fn code(error: &anyhow::Error) -> u8 {
         return MISSING_FEATURE;
     }
     FAILED
+}
+
+fn space_code(error: &space::SpaceError) -> u8 {
+    match error {
+        _ if error.is_indeterminate() => UNKNOWN_OUTCOME,
+        space::SpaceError::File(_)
+        | space::SpaceError::OutOfRange(_)
+        | space::SpaceError::Misaligned { .. }
+        | space::SpaceError::Batch(_)
+        | space::SpaceError::NoServer { .. } => BAD_INPUT,
+        space::SpaceError::Parts(parts) => {
+            // Another file, and nothing was carried out by anybody.
+            let is_file = |why: &_| matches!(why, Failure::OtherMap { .. });
+            let all = parts.failed.len() == parts.of;
+            if all && parts.failed.iter().all(|part| is_file(&part.why)) {
+                BAD_INPUT
+            } else {
+                FAILED
+            }
+        }
+        space::SpaceError::Full { .. } | space::SpaceError::Ticket => FAILED,
+    }
 }
 
 fn is_bad_call(error: &ChannelError) -> bool {

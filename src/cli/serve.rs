@@ -15,6 +15,7 @@ use super::demo::children::on_end_of_input;
 use crate::node::space::SpaceFlags;
 use crate::node::{self, ConfigSource, NodeConfig, NodeFlags};
 use crate::sys::process::PidFd;
+use crate::wire::follow::FollowSpec;
 
 /// Runs a node until it is told to end.
 pub(super) fn run(args: ServeArgs, socket: Option<PathBuf>) -> anyhow::Result<()> {
@@ -29,7 +30,7 @@ pub(super) fn run(args: ServeArgs, socket: Option<PathBuf>) -> anyhow::Result<()
             metrics: args.metrics,
             follow: args.follow,
             log: args.log,
-            space: space_of(args.space, args.server, args.space_socket),
+            space: space_of(args.space, args.server, args.space_socket, args.recover),
         },
     };
     // Read here for the log and the socket's folder; the node reads it for the rest.
@@ -54,6 +55,7 @@ fn space_of(
     file: Option<PathBuf>,
     server: Option<String>,
     socket: Option<PathBuf>,
+    recover: Option<FollowSpec>,
 ) -> Option<SpaceFlags> {
     // Neither is given without the other.
     let (file, server) = file.zip(server)?;
@@ -61,6 +63,7 @@ fn space_of(
         file,
         server,
         socket,
+        recover,
     })
 }
 

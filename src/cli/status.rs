@@ -10,7 +10,9 @@ use super::output::{Align, Output, about, grouped, table};
 use crate::client::Node;
 use crate::sys::process::realtime_ns;
 use crate::units::ByteSize;
-use crate::wire::control::{AuditStatus, ExactStatus, HotStatus, NodeStatus, RegionStatus, Role};
+use crate::wire::control::{
+    AuditStatus, ExactStatus, HotStatus, NodeStatus, RegionStatus, Role, SpaceStatus,
+};
 
 /// Shows the whole node.
 pub(super) fn run(report: Report, node: &NodeAt) -> anyhow::Result<()> {
@@ -21,6 +23,10 @@ pub(super) fn run(report: Report, node: &NodeAt) -> anyhow::Result<()> {
         return Ok(out.done()?);
     }
     out.table(&node_table(&status))?;
+    if let Some(space) = &status.space {
+        out.line("")?;
+        out.table(&space_table(space))?;
+    }
     if !status.regions.is_empty() {
         out.line("")?;
         out.table(&regions_table(&status.regions))?;
@@ -57,6 +63,27 @@ fn node_table(status: &NodeStatus) -> Table {
             "longest turn",
             format!("{} us", grouped(status.longest_turn_us)),
         ),
+    ])
+}
+
+/// The segment that a node lends.
+fn space_table(space: &SpaceStatus) -> Table {
+    pairs([
+        ("segment of", space.server.clone()),
+        ("position", space.position.to_string()),
+        ("size", ByteSize(space.segment_size).to_string()),
+        ("durability", space.durability.clone()),
+        ("incarnation", space.incarnation.clone()),
+        ("clients", space.clients.to_string()),
+        ("operations", grouped(space.operations)),
+        ("refused", grouped(space.refused)),
+        ("read", about(space.read_bytes)),
+        ("written", about(space.written_bytes)),
+        ("not acknowledged", grouped(space.unacknowledged)),
+        ("turned away", grouped(space.turned_away)),
+        ("ended as broken", grouped(space.broken)),
+        ("log lines", grouped(space.log_lines)),
+        ("log dropped", grouped(space.log_dropped)),
     ])
 }
 

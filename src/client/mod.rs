@@ -21,6 +21,7 @@
 pub mod channel;
 mod connection;
 mod reader;
+pub mod space;
 pub mod variables;
 mod writer;
 

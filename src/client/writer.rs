@@ -168,7 +168,7 @@ impl Writer {
     ) -> Result<Self, ClientError> {
         let path = socket.as_ref().to_owned();
         let node = Node::connect(&path)?;
-        Self::create_on(node, Some(path), name, size, options)
+        Self::create_on(node, Some(path), name, size, options, |_| Ok(()))
     }
 
     /// The same over an existing connection, as to an engine inside this program;
@@ -182,7 +182,22 @@ impl Writer {
         size: u64,
         options: &WriterOptions,
     ) -> Result<Self, ClientError> {
-        Self::create_on(node, None, name, size, options)
+        Self::create_on(node, None, name, size, options, |_| Ok(()))
+    }
+
+    /// The same, with a content of its own: `fill` stores it before the node is handed the
+    /// region, so that nobody who follows it ever sees it without.
+    ///
+    /// # Errors
+    /// As for [`Writer::create`], and what `fill` says.
+    pub fn create_filled_over(
+        node: Node,
+        name: &str,
+        size: u64,
+        options: &WriterOptions,
+        fill: impl FnOnce(&Region) -> Result<(), ClientError>,
+    ) -> Result<Self, ClientError> {
+        Self::create_on(node, None, name, size, options, fill)
     }
 
     fn create_on(
@@ -191,6 +206,7 @@ impl Writer {
         name: &str,
         size: u64,
         options: &WriterOptions,
+        fill: impl FnOnce(&Region) -> Result<(), ClientError>,
     ) -> Result<Self, ClientError> {
         let name: RegionName = name.parse()?;
         let Choice { mode, reason } = options.choice()?;
@@ -213,6 +229,7 @@ impl Writer {
             ),
             None => (Region::create(&name, size, &region_options)?, false),
         };
+        fill(&region)?;
         let attachment = Attachment::for_region(region.mapping(), mode)?;
         let offer = HandOver {
             name: name.to_string(),

@@ -35,6 +35,7 @@ mod regions;
 mod requests;
 mod sources;
 pub mod space;
+pub mod space_file;
 mod status;
 mod timers;
 mod tracked;
@@ -44,8 +45,8 @@ use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use commands::Command;
@@ -56,6 +57,7 @@ use idle::Idle;
 use keys::{Key, Keyed};
 use peers::Peer;
 use regions::RegionEntry;
+use space::SpaceWatch;
 use timers::{Timer, Timers};
 
 use crate::limits;
@@ -91,6 +93,8 @@ pub struct Settings {
     /// Where connections that ask for ordered variables are handed over; none for a node
     /// without variables.
     pub variables: Option<SyncSender<OwnedFd>>,
+    /// The segment that this process lends, once it does; for the status.
+    pub space: Arc<OnceLock<SpaceWatch>>,
     /// What can change later.
     pub tunables: Tunables,
 }

@@ -41,6 +41,7 @@ impl Engine {
             longest_turn_us: std::mem::take(&mut self.counters.longest_turn).as_micros() as u64,
             turns: self.counters.turns,
             regions,
+            space: self.settings.space.get().map(|space| space.status()),
         }
     }
 

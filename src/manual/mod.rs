@@ -7,6 +7,8 @@
 //! | [`shared_layouts`] | who attaches from another language, or reads a memory dump |
 //! | [`channels`] | who speaks to a channel from another language, or must know what a peer can do |
 //! | [`ordered`] | who relies on the order of variables, checks it, or implements it elsewhere |
+//! | [`space`] | who runs the servers of an address space, or relies on what they promise |
+//! | [`space_clients`] | who reads and writes an address space: promises, errors, pipelining |
 //! | [`operations`] | who runs nodes: configuration, signals, metrics, troubleshooting |
 
 #[doc = include_str!("architecture.md")]
@@ -23,6 +25,12 @@ pub mod channels {}
 
 #[doc = include_str!("ordered.md")]
 pub mod ordered {}
+
+#[doc = include_str!("space.md")]
+pub mod space {}
+
+#[doc = include_str!("space_clients.md")]
+pub mod space_clients {}
 
 #[doc = include_str!("operations.md")]
 pub mod operations {}

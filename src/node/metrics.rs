@@ -16,7 +16,7 @@ use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::registry::Registry;
 
 use crate::engine::Commands;
-use crate::wire::control::NodeStatus;
+use crate::wire::control::{NodeStatus, SpaceStatus};
 
 /// How long a scrape waits for the engine.
 const STATUS_DEADLINE: Duration = Duration::from_secs(2);
@@ -105,6 +105,11 @@ fn answer(request: tiny_http::Request, commands: &Commands) {
 }
 
 #[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
+struct SpaceLabels {
+    server: String,
+}
+
+#[derive(Clone, Debug, Hash, PartialEq, Eq, EncodeLabelSet)]
 struct RegionLabels {
     region: String,
 }
@@ -154,6 +159,9 @@ fn text(status: &NodeStatus) -> String {
         gauge.set(value);
         registry.register(name, help, gauge);
     }
+    if let Some(space) = &status.space {
+        space_figures(&mut registry, space);
+    }
     region_figures(&mut registry, status);
     loss_figures(&mut registry, status);
     replica_figures(&mut registry, status);
@@ -161,6 +169,46 @@ fn text(status: &NodeStatus) -> String {
     match encode(&mut out, &registry) {
         Ok(()) => out,
         Err(error) => format!("# the metrics cannot be written: {error}\n"),
+    }
+}
+
+fn space_figures(registry: &mut Registry, space: &SpaceStatus) {
+    let figures = [
+        ("clients", "Clients of the segment", space.clients),
+        ("operations", "Operations carried out", space.operations),
+        ("refused", "Operations refused", space.refused),
+        (
+            "read_bytes",
+            "Bytes copied out of the segment",
+            space.read_bytes,
+        ),
+        (
+            "written_bytes",
+            "Bytes changed in the segment",
+            space.written_bytes,
+        ),
+        (
+            "unacknowledged",
+            "Replies that went without a replica's acknowledgement",
+            space.unacknowledged,
+        ),
+        ("turned_away", "Clients turned away", space.turned_away),
+        (
+            "broken",
+            "Connections ended for what they sent",
+            space.broken,
+        ),
+        (
+            "log_dropped",
+            "Operations that the log had no room for",
+            space.log_dropped,
+        ),
+    ];
+    for (name, help, value) in figures {
+        let family = Family::<SpaceLabels, Gauge<u64, AtomicU64>>::default();
+        registry.register(format!("space_{name}"), help, family.clone());
+        let server = space.server.clone();
+        family.get_or_create(&SpaceLabels { server }).set(value);
     }
 }
 

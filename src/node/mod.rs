@@ -28,6 +28,7 @@ mod variables;
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::mpsc::{self, SyncSender};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -92,7 +93,7 @@ impl Node {
     /// # Errors
     /// What of it is not to be had; nothing is left running then.
     pub fn start(config: &NodeConfig) -> Result<Self, NodeError> {
-        Self::spawn(config, settings(config, true))
+        Self::spawn(config, settings(config, true), None)
     }
 
     /// Starts a node without a control socket: only [`Node::connect`] reaches it.
@@ -100,10 +101,14 @@ impl Node {
     /// # Errors
     /// What of it is not to be had; nothing is left running then.
     pub fn embedded(config: &NodeConfig) -> Result<Self, NodeError> {
-        Self::spawn(config, settings(config, false))
+        Self::spawn(config, settings(config, false), None)
     }
 
-    fn spawn(config: &NodeConfig, mut settings: Settings) -> Result<Self, NodeError> {
+    fn spawn(
+        config: &NodeConfig,
+        mut settings: Settings,
+        reloader: Option<Reloader>,
+    ) -> Result<Self, NodeError> {
         config.validate()?;
         let (variables, door) = serve_variables(config)?;
         settings.variables = door;
@@ -111,7 +116,7 @@ impl Node {
         let for_engine = commands.clone();
         let (told, started) = mpsc::sync_channel(1);
         // The ring belongs to the thread that made it.
-        let body = move || match Engine::new(settings, for_engine, None) {
+        let body = move || match Engine::new(settings, for_engine, reloader) {
             Ok(engine) => {
                 let _ = told.send(Ok(engine.listen_address()));
                 engine.run()
@@ -160,19 +165,25 @@ impl Node {
         self.end()
     }
 
-    fn end(&mut self) -> Result<(), NodeError> {
-        self.metrics = None;
+    /// Waits until the engine ends by itself, as by `SIGTERM`.
+    fn wait(&mut self) -> Result<(), NodeError> {
         let Some(thread) = self.thread.take() else {
             return Ok(());
         };
+        let ended = thread.join().map_err(|_| NodeError::Panicked)?;
+        ended.map_err(NodeError::Engine)
+    }
+
+    fn end(&mut self) -> Result<(), NodeError> {
+        self.metrics = None;
+        if self.thread.is_none() {
+            return Ok(());
+        }
         // An engine that takes no commands any more has ended by itself.
         while let Err(CommandError::Full) = self.commands.stop() {
             std::thread::sleep(Duration::from_millis(1));
         }
-        thread
-            .join()
-            .map_err(|_| NodeError::Panicked)?
-            .map_err(NodeError::Engine)
+        self.wait()
     }
 }
 
@@ -202,10 +213,11 @@ pub fn serve(
     // Blocked before the threads of the variables start, which inherit that.
     let _signals =
         process::SignalFd::block(&[nix::libc::SIGTERM, nix::libc::SIGINT, nix::libc::SIGHUP])?;
+    if let Some(flags) = &source.flags.space {
+        let reloader = reloader(source, &config, reload_log);
+        return serve_space(&config, flags, reloader, ready);
+    }
     let (_variables, door) = serve_variables(&config)?;
-    let lent = source.flags.space.as_ref();
-    let lent = lent.map(|flags| space::serve(flags, config.insecure));
-    let _space = lent.transpose()?;
     let settings = Settings {
         signals: true,
         variables: door,
@@ -221,6 +233,28 @@ pub fn serve(
     tell_behaviour();
     ready(&config, engine.listen_address());
     Ok(engine.run()?)
+}
+
+/// The same with a segment that is lent to a space: the engine has a thread of its own,
+/// since the segment is handed to it like any program's region.
+fn serve_space(
+    config: &NodeConfig,
+    flags: &space::SpaceFlags,
+    reloader: Reloader,
+    ready: impl FnOnce(&NodeConfig, Option<SocketAddr>),
+) -> Result<(), NodeError> {
+    let settings = Settings {
+        signals: true,
+        ..settings(config, true)
+    };
+    let watched = Arc::clone(&settings.space);
+    let mut node = Node::spawn(config, settings, Some(reloader))?;
+    let lent = space::serve(flags, config, &node)?;
+    // Nobody else sets it.
+    let _ = watched.set(lent.watch());
+    tell_behaviour();
+    ready(config, node.listen_address());
+    node.wait()
 }
 
 /// Starts the variables that the configuration names, with the engine's door to them.
@@ -293,6 +327,7 @@ fn settings(config: &NodeConfig, with_socket: bool) -> Settings {
         staging_budget: config.staging_budget,
         signals: false,
         variables: None,
+        space: Arc::default(),
         tunables: tunables(config),
     }
 }

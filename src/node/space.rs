@@ -3,24 +3,36 @@
 //! Invariants:
 //! - I1: a server that others can reach without protection is refused, unless it was said
 //!   that this is meant.
-//! - I2: each start is a new life of the segment, and says so by its incarnation.
+//! - I2: each start is a new life of the segment, and says so by its incarnation; unless it
+//!   begins with what a replica has of the life before.
+//! - I3: with `durability = "replica"` the segment is the region `space-NAME` of the node,
+//!   shared, with one page more than the segment:
+//!
+//! ```text
+//! byte 0              k        k + 8        k + 16             k + 32        k + 48
+//! | the segment       | magic  | version 1  | incarnation 128  | map digest  | position u32 | zero
+//! ```
+
+mod segment;
 
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 
-use super::config::{default_socket, is_loopback};
+use super::Node;
+use super::config::{NodeConfig, default_socket, is_loopback};
 use super::space_file::{self, SpaceFileError};
+use crate::client::ClientError;
 use crate::engine::space::{
     Door, Place, Protocol, SpaceServer, SpaceServerConfig, SpaceServerError,
 };
-use crate::region::{Region, RegionError, RegionOptions};
+use crate::region::{ReadError, RegionError};
 use crate::space::frame::Incarnation;
-use crate::space::memory::Segment;
 use crate::space::{Durability, Server, SpaceConfig, SpaceMap};
-use crate::sys::{SysError, memfd};
+use crate::sys::SysError;
 use crate::units::OutOfRange;
-use crate::words::{Generation, RegionName};
+use crate::wire::follow::FollowSpec;
+use crate::words::RegionName;
 
 /// Which server of which space a node is.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -31,6 +43,9 @@ pub struct SpaceFlags {
     pub server: String,
     /// Path of its Unix socket; [`socket_of`] if none.
     pub socket: Option<PathBuf>,
+    /// The replica of an earlier life that the segment begins with:
+    /// `tcp://HOST:PORT/REGION`.
+    pub recover: Option<FollowSpec>,
 }
 
 /// Why a segment cannot be lent.
@@ -82,6 +97,43 @@ pub enum SpaceError {
         /// The file.
         file: PathBuf,
     },
+    /// Replies are to wait for a replica, and no node can follow this one.
+    #[error(
+        "the space has durability = \"replica\", and this node cannot be followed: pass --listen \
+         ADDR:PORT, and let another node follow tcp://ADDR:PORT/{region}"
+    )]
+    Unfollowed {
+        /// The region that holds the segment.
+        region: RegionName,
+    },
+    /// There is nothing that the segment could be filled from.
+    #[error(
+        "--recover: segments of this space have no replicas; its file has durability = \"memory\""
+    )]
+    NoReplicas,
+    /// The node does not take the segment, or not follow its replica.
+    #[error("the node does not take the segment")]
+    Client(#[from] ClientError),
+    /// The node cannot be reached from inside.
+    #[error("the node cannot be reached")]
+    Node(#[source] Box<super::NodeError>),
+    /// The replica cannot be read.
+    #[error("{source_name}: the replica cannot be read")]
+    Replica {
+        /// Which.
+        source_name: Box<str>,
+        /// Why.
+        #[source]
+        source: ReadError,
+    },
+    /// The replica holds something else.
+    #[error("{source_name}: {problem}; nothing was taken over")]
+    OtherReplica {
+        /// Which.
+        source_name: Box<str>,
+        /// What is wrong with it.
+        problem: &'static str,
+    },
     /// The segment's memory cannot be made.
     #[error("the segment's memory is not to be had")]
     Region(#[from] RegionError),
@@ -107,7 +159,13 @@ impl SpaceError {
     pub fn is_bad_input(&self) -> bool {
         matches!(
             self,
-            Self::NoServer { .. } | Self::Address { .. } | Self::Exposed { .. } | Self::Tls { .. }
+            Self::NoServer { .. }
+                | Self::Address { .. }
+                | Self::Exposed { .. }
+                | Self::Tls { .. }
+                | Self::Unfollowed { .. }
+                | Self::NoReplicas
+                | Self::OtherReplica { .. }
         )
     }
 }
@@ -137,8 +195,12 @@ pub fn socket_of(map: &SpaceMap, name: &str) -> PathBuf {
     default_socket().with_file_name(file)
 }
 
-/// Starts the server that `flags` name.
-pub(super) fn serve(flags: &SpaceFlags, insecure: bool) -> Result<SpaceServer, SpaceError> {
+/// Starts the server that `flags` name, on a node that runs.
+pub(super) fn serve(
+    flags: &SpaceFlags,
+    node_config: &NodeConfig,
+    node: &Node,
+) -> Result<SpaceServer, SpaceError> {
     let config = space_file::load(&flags.file)?;
     let position = position_of(&config.map, flags)?;
     if config.tls.is_some() {
@@ -146,18 +208,21 @@ pub(super) fn serve(flags: &SpaceFlags, insecure: bool) -> Result<SpaceServer, S
         return Err(SpaceError::Tls { file });
     }
     let server = config.map.servers()[position].clone();
-    let address = address_of(&server, insecure)?;
+    let address = address_of(&server, node_config.insecure)?;
     let socket = flags.socket.clone();
     let socket = socket.unwrap_or_else(|| socket_of(&config.map, server.name.as_str()));
-    let segment_size = config.map.segment_size();
-    let region = Region::create(
-        &region_name(&server.name),
-        segment_size,
-        &RegionOptions::default(),
-    )?;
-    let data = memfd::reopen_read_only(region.data_fd())?;
-    let memory = Segment::new(Box::new(region), segment_size, false)?;
-    let incarnation = Incarnation(Generation::random().0);
+    let made = match config.durability {
+        Durability::Memory if flags.recover.is_some() => return Err(SpaceError::NoReplicas),
+        Durability::Memory => segment::in_memory(&config, &server)?,
+        Durability::Replica if node_config.listen.is_none() => {
+            let region = segment::region_name(&server.name);
+            return Err(SpaceError::Unfollowed { region });
+        }
+        Durability::Replica => {
+            segment::with_replica(&config, position, flags.recover.as_ref(), node)?
+        }
+    };
+    let incarnation = made.incarnation;
     let door = |place| Door {
         place,
         protocol: Protocol::Native,
@@ -167,10 +232,12 @@ pub(super) fn serve(flags: &SpaceFlags, insecure: bool) -> Result<SpaceServer, S
         incarnation,
         limits: config.limits.clone(),
         doors: vec![door(Place::Tcp(address)), door(Place::Unix(socket))],
-        data: Some(data),
+        data: Some(made.data),
+        replica: made.replica,
+        log: config.log.clone(),
         map: config.map.clone(),
     };
-    let started = SpaceServer::start(settings, Box::new(memory));
+    let started = SpaceServer::start(settings, made.memory);
     let started = started.map_err(|source| SpaceError::Server {
         name: server.name.clone(),
         source,
@@ -189,9 +256,6 @@ fn tell(config: &SpaceConfig, server: &Server, started: &SpaceServer, incarnatio
     );
     if config.local_writers {
         tracing::warn!("local_writers: clients on this host write by the socket all the same");
-    }
-    if config.durability == Durability::Replica {
-        tracing::warn!("durability: replies do not wait for a replica");
     }
 }
 
@@ -222,10 +286,4 @@ fn address_of(server: &Server, insecure: bool) -> Result<SocketAddr, SpaceError>
         });
     }
     Ok(address)
-}
-
-/// The name of the region that holds a server's segment.
-fn region_name(server: &RegionName) -> RegionName {
-    let name = format!("space-{server}").parse();
-    name.unwrap_or_else(|_| server.clone())
 }

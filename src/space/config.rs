@@ -140,7 +140,8 @@ pub struct SpaceLimits {
 /// `[log]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OperationLog {
-    /// The file that is written; rotated ones have a number behind it.
+    /// The file that is written, with the server's name before its ending: `space-a.log`
+    /// for `space.log`. Rotated ones have a number behind it.
     pub path: PathBuf,
     /// Bytes after which the file is rotated.
     pub max_size: u64,

@@ -83,6 +83,10 @@ impl Executor {
         body: &[u8],
         out: &mut Vec<u8>,
     ) -> Reply {
+        let changes = request.operation.changes();
+        if changes {
+            memory.begin();
+        }
         let outcome = match request.operation {
             Operation::Batch => self.batch(memory, request.len, body, out),
             operation => {
@@ -98,6 +102,9 @@ impl Executor {
                 })
             }
         };
+        if changes {
+            memory.end();
+        }
         let (status, outcome) = match outcome {
             Ok(outcome) => (Status::Done, outcome),
             Err(status) => {

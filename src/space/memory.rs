@@ -1,6 +1,7 @@
 //! The bytes that one server lends, as the executor sees them.
 
 use std::ops::Deref;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::region::Region;
 use crate::units::{OutOfRange, checked_range};
@@ -33,6 +34,59 @@ pub trait Memory {
 
     /// Says that bytes were changed, for whoever copies the segment elsewhere.
     fn changed(&mut self, offset: u64, len: u64);
+
+    /// Changes begin that belong together: nobody copies the segment elsewhere before
+    /// [`Memory::end`].
+    fn begin(&mut self) {}
+
+    /// They are done.
+    fn end(&mut self) {}
+}
+
+/// Keeps whoever copies a segment away from changes that are half done.
+#[derive(Debug, Default)]
+pub struct Gate {
+    state: Mutex<GateState>,
+    freed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct GateState {
+    is_taken: bool,
+    /// Whether somebody waits to copy: changes let it go first, else they would keep it
+    /// waiting for ever.
+    copies: bool,
+}
+
+impl Gate {
+    fn state(&self) -> MutexGuard<'_, GateState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn take(&self, blocked: impl Fn(&GateState) -> bool) -> MutexGuard<'_, GateState> {
+        let free = self.freed.wait_while(self.state(), |state| blocked(state));
+        let mut state = free.unwrap_or_else(PoisonError::into_inner);
+        state.is_taken = true;
+        state
+    }
+
+    fn leave(&self) {
+        self.state().is_taken = false;
+        self.freed.notify_all();
+    }
+
+    /// Runs `copy` while no change is half done, before changes that begin now.
+    pub fn between_changes<R>(&self, copy: impl FnOnce() -> R) -> R {
+        self.state().copies = true;
+        self.take(|state| state.is_taken).copies = false;
+        let copied = copy();
+        self.leave();
+        copied
+    }
+
+    fn change(&self) {
+        drop(self.take(|state| state.is_taken || state.copies));
+    }
 }
 
 /// Bytes that are written at once where many are to be the same.
@@ -43,18 +97,18 @@ const FILL_BYTES: usize = 4096;
 pub struct Segment<R> {
     region: R,
     len: u64,
-    marks: bool,
+    gate: Option<Arc<Gate>>,
 }
 
 impl<R: Deref<Target = Region>> Segment<R> {
-    /// The first `len` bytes of `region`. With `marks` each change is marked in the region,
-    /// for the engine that follows it.
+    /// The first `len` bytes of `region`. With a gate each change is marked in the region,
+    /// for the engine that follows it, and makes those wait who use the gate to commit.
     ///
     /// # Errors
     /// [`OutOfRange`] if the region is shorter.
-    pub fn new(region: R, len: u64, marks: bool) -> Result<Self, OutOfRange> {
+    pub fn new(region: R, len: u64, gate: Option<Arc<Gate>>) -> Result<Self, OutOfRange> {
         checked_range(0, len, region.size())?;
-        Ok(Self { region, len, marks })
+        Ok(Self { region, len, gate })
     }
 
     fn store(&mut self, offset: u64, bytes: &[u8]) {
@@ -101,9 +155,21 @@ impl<R: Deref<Target = Region>> Memory for Segment<R> {
     }
 
     fn changed(&mut self, offset: u64, len: u64) {
-        if self.marks {
+        if self.gate.is_some() {
             let marked = self.region.mark_region_changed(offset, len);
             debug_assert!(marked.is_ok(), "a checked range");
+        }
+    }
+
+    fn begin(&mut self) {
+        if let Some(gate) = &self.gate {
+            gate.change();
+        }
+    }
+
+    fn end(&mut self) {
+        if let Some(gate) = &self.gate {
+            gate.leave();
         }
     }
 }
@@ -159,7 +225,7 @@ mod tests {
         let name = "segment".parse().expect("a name");
         let region = Region::create(&name, 3 * PAGE_SIZE, &RegionOptions::default());
         let mut segment =
-            Segment::new(Box::new(region.expect("made")), 2 * PAGE_SIZE, false).expect("shorter");
+            Segment::new(Box::new(region.expect("made")), 2 * PAGE_SIZE, None).expect("shorter");
         let mut plain = vec![0u8; 2 * PAGE_SIZE as usize];
         let both: [&mut dyn Memory; 2] = [&mut segment, &mut plain];
         let seen = both.map(|memory| {
@@ -172,7 +238,33 @@ mod tests {
             (memory.load_u64(8), all)
         });
         assert_eq!(seen[0], seen[1]);
-        let whole = Segment::new(segment.region, 3 * PAGE_SIZE + 1, false);
+        let whole = Segment::new(segment.region, 3 * PAGE_SIZE + 1, None);
         assert!(whole.is_err(), "longer than its region");
+    }
+
+    #[test]
+    fn nobody_copies_what_is_half_done() {
+        let name = "segment".parse().expect("a name");
+        let region = Region::create(&name, PAGE_SIZE, &RegionOptions::default());
+        let region = Arc::new(region.expect("made"));
+        let gate = Arc::new(Gate::default());
+        let gates = Some(Arc::clone(&gate));
+        let mut segment = Segment::new(Arc::clone(&region), PAGE_SIZE, gates).expect("as long");
+        let changes = std::thread::spawn(move || {
+            for value in 1..=2000u64 {
+                segment.begin();
+                segment.store_u64(0, value);
+                segment.store_u64(4088, value);
+                segment.end();
+            }
+        });
+        let mut copies = 0;
+        while !changes.is_finished() || copies == 0 {
+            let [first, last] = gate
+                .between_changes(|| [0, 4088].map(|at| region.load::<u64>(at).expect("within")));
+            assert_eq!(first, last);
+            copies += 1;
+        }
+        changes.join().expect("ended");
     }
 }

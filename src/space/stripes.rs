@@ -4,7 +4,7 @@
 //! byte 0     8          12           16        24               40     64           4096
 //! | magic    | version 1 | stripe size | stripes | incarnation 128 | zero | liveness u32 | u32 u32 u32 ..
 //! ```
-//! One sequence per stripe of [`SPACE_STRIPE`](crate::limits::SPACE_STRIPE) bytes, odd
+//! One sequence per stripe of [`SPACE_STRIPE`] bytes, odd
 //! while the stripe is changed. A reader takes each stripe of its range for itself: an even
 //! sequence, the copy, the same sequence again; else once more, a bounded number of times,
 //! and then it asks over the network.

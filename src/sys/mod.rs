@@ -17,6 +17,7 @@ pub mod activity;
 pub mod behaviour;
 pub mod buffer;
 pub mod copy;
+pub mod dial;
 #[cfg(test)]
 mod facts;
 pub mod futex;

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use nix::sys::socket::{MsgFlags, send};
+use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
 
 use super::SysError;
 
@@ -19,6 +19,16 @@ pub fn try_send(socket: impl AsFd, bytes: &[u8]) -> Result<usize, SysError> {
             sent => return sent.map_err(|error| SysError::new("send", error)),
         }
     }
+}
+
+/// Has the kernel find out whether a silent peer's host is still there, after the time that
+/// the system has set for that (`net.ipv4.tcp_keepalive_time`).
+///
+/// # Errors
+/// Whatever `setsockopt` says.
+pub fn keep_alive(socket: impl AsFd) -> Result<(), SysError> {
+    setsockopt(&socket, sockopt::KeepAlive, &true)
+        .map_err(|error| SysError::new("SO_KEEPALIVE", error))
 }
 
 #[cfg(test)]

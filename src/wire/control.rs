@@ -500,6 +500,46 @@ pub struct NodeStatus {
     pub turns: u64,
     /// Its regions, by name.
     pub regions: Vec<RegionStatus>,
+    /// The segment that it lends to an address space, if it does.
+    #[serde(default)]
+    pub space: Option<SpaceStatus>,
+}
+
+/// How a server of an address space goes; also the reply to a stat of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SpaceStatus {
+    /// Its name.
+    pub server: String,
+    /// Its position among the servers, from 0.
+    pub position: u32,
+    /// The life of its segment, 32 hexadecimal digits.
+    pub incarnation: String,
+    /// Bytes of its segment.
+    pub segment_size: u64,
+    /// `memory` or `replica`.
+    pub durability: String,
+    /// Clients that were welcomed and are there.
+    pub clients: u64,
+    /// Clients that were turned away.
+    pub turned_away: u64,
+    /// Connections that were ended for what they sent.
+    pub broken: u64,
+    /// Operations carried out, those in batches each for itself.
+    pub operations: u64,
+    /// Operations refused.
+    pub refused: u64,
+    /// Bytes copied out.
+    pub read_bytes: u64,
+    /// Bytes changed.
+    pub written_bytes: u64,
+    /// Requests that changed something.
+    pub changes: u64,
+    /// Replies that went without a replica's acknowledgement, which they should have had.
+    pub unacknowledged: u64,
+    /// Lines in the log of operations.
+    pub log_lines: u64,
+    /// Operations that the log had no room for.
+    pub log_dropped: u64,
 }
 
 /// A message that could not be taken.

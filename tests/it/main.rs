@@ -46,6 +46,7 @@ mod rng;
 mod scan_edges;
 mod scenarios;
 mod space;
+mod space_client;
 mod space_file;
 mod transactions;
 mod variables;

@@ -1,11 +1,9 @@
 //! What other threads ask of the loop: a bounded queue and an eventfd.
 
 use std::sync::Arc;
-use std::sync::mpsc::SyncSender;
 
 use crossbeam_queue::ArrayQueue;
 
-use super::core::SpaceStatus;
 use crate::limits;
 use crate::sys::SysError;
 use crate::sys::process::EventFd;
@@ -13,8 +11,8 @@ use crate::sys::process::EventFd;
 /// Something to be done between two requests.
 #[derive(Debug)]
 pub(super) enum Command {
-    /// Say how it goes.
-    Status(SyncSender<SpaceStatus>),
+    /// All changes up to this one are safe, or not within their time.
+    Settled { change: u64, is_safe: bool },
     /// End.
     Stop,
 }

@@ -12,6 +12,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::outbox::Outbox;
@@ -84,8 +85,9 @@ impl Loop {
             return;
         }
         self.make_room();
-        // A Unix socket has no delay to switch off.
+        // A Unix socket has no delay to switch off, and no host to lose.
         let _ = net::set_nodelay(&socket);
+        let _ = stream::keep_alive(&socket);
         let door = &self.doors[door];
         let key = self.connections.insert(Connection {
             socket: Arc::new(socket),
@@ -258,10 +260,36 @@ impl Loop {
         if connection.out.waiting() == 0 {
             // Its memory serves the next connection's replies.
             self.scratch = std::mem::take(&mut connection.out);
-        } else if connection.out.held_for(self.safe).is_some() {
+        } else if let Some(change) = connection.out.held_for(self.safe) {
             self.held.push(key);
+            if let Some(safety) = &mut self.safety {
+                safety.want(change);
+            }
         }
         Ok(())
+    }
+
+    /// All changes up to this one are with a replica, or it is too late for that: replies
+    /// that waited for it go, and say which.
+    pub(super) fn settled(&mut self, change: u64, is_safe: bool) {
+        let mut held = std::mem::take(&mut self.held);
+        held.sort_unstable();
+        held.dedup();
+        let mut late = 0;
+        for key in &held {
+            if !is_safe && let Some(connection) = self.connections.get_mut(*key) {
+                let Connection { speaks, out, .. } = connection;
+                out.each_held(self.safe, change, |reply| {
+                    late += u64::from(speaks.not_acknowledged(reply));
+                });
+            }
+        }
+        let figures = &self.core.watch().figures;
+        figures.unacknowledged.fetch_add(late, Ordering::Relaxed);
+        self.safe = self.safe.max(change);
+        for key in held {
+            self.go_on(key);
+        }
     }
 
     /// Has a deadline watched where the peer is in the middle of something.

@@ -1,11 +1,14 @@
 //! What all connections of a server share: the segment, who it is, what was counted.
 
-use serde_json::json;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
 
 use super::SpaceServerConfig;
+use super::live::{Figures, SpaceWatch};
+use super::log::Log;
 use crate::checksum::Digest;
 use crate::space::execute::Executor;
-use crate::space::frame::{Incarnation, Reply, Request};
+use crate::space::frame::{Incarnation, Reply, Request, Status};
 use crate::space::memory::Memory;
 
 /// What a server says of itself in greetings.
@@ -26,7 +29,8 @@ pub(crate) struct Core {
     pub(crate) card: Card,
     pub(crate) executor: Executor,
     pub(crate) memory: Box<dyn Memory + Send>,
-    name: String,
+    watch: SpaceWatch,
+    pub(super) log: Option<Log>,
     /// Clients that were welcomed and are still there.
     pub(crate) clients: u64,
     /// Clients that were turned away.
@@ -42,39 +46,79 @@ impl Core {
         config: &SpaceServerConfig,
         executor: Executor,
         memory: Box<dyn Memory + Send>,
-        can_be_mapped: bool,
     ) -> Self {
         let map = &config.map;
+        let card = Card {
+            map: map.digest(),
+            position: config.position as u32,
+            incarnation: config.incarnation,
+            segment_size: map.segment_size(),
+            // Bounded by `limits::MAX_SPACE_IN_FLIGHT`.
+            max_in_flight: config.limits.max_in_flight as u32,
+            max_clients: config.limits.max_clients,
+            replicated: config.replica.is_some(),
+        };
+        let watch = SpaceWatch {
+            figures: Arc::default(),
+            server: map.servers()[config.position].name.as_str().into(),
+            position: card.position,
+            incarnation: card.incarnation,
+            segment_size: card.segment_size,
+            replicated: card.replicated,
+        };
         Self {
-            card: Card {
-                map: map.digest(),
-                position: config.position as u32,
-                incarnation: config.incarnation,
-                segment_size: map.segment_size(),
-                // Bounded by `limits::MAX_SPACE_IN_FLIGHT`.
-                max_in_flight: config.limits.max_in_flight as u32,
-                max_clients: config.limits.max_clients,
-                replicated: false,
-            },
+            card,
             executor,
             memory,
-            name: map.servers()[config.position].name.to_string(),
+            watch,
+            log: None,
             clients: 0,
             turned_away: 0,
             broken: 0,
             stopping: false,
-            can_be_mapped,
+            can_be_mapped: config.data.is_some(),
         }
+    }
+
+    pub(super) fn watch(&self) -> &SpaceWatch {
+        &self.watch
+    }
+
+    /// Notes an operation in the log, if there is one.
+    pub(crate) fn record(&self, client: u128, request: &Request, status: Status) {
+        if let Some(log) = &self.log {
+            log.record(client, request, status);
+        }
+    }
+
+    /// Shows what was counted to those who watch.
+    pub(super) fn show(&self) {
+        let counts = self.executor.counts();
+        let figures: &Figures = &self.watch.figures;
+        for (place, value) in [
+            (&figures.clients, self.clients),
+            (&figures.turned_away, self.turned_away),
+            (&figures.broken, self.broken),
+            (&figures.operations, counts.operations),
+            (&figures.refused, counts.refused),
+            (&figures.read_bytes, counts.read_bytes),
+            (&figures.written_bytes, counts.written_bytes),
+            (&figures.changes, self.executor.changes()),
+        ] {
+            place.store(value, Ordering::Relaxed);
+        }
+    }
+
+    /// How the server goes, as the reply to a stat has it.
+    pub(crate) fn stat(&self) -> Vec<u8> {
+        self.show();
+        // Numbers and plain words: nothing in it cannot be written.
+        serde_json::to_vec(&self.watch.status()).unwrap_or_default()
     }
 
     /// Whether clients on this host may map the segment.
     pub(crate) fn can_be_mapped(&self) -> bool {
         self.can_be_mapped
-    }
-
-    /// How the server goes, as the reply to a stat has it.
-    pub(crate) fn stat(&self) -> Vec<u8> {
-        self.status().to_json().to_string().into_bytes()
     }
 
     /// Carries out a request of any protocol; what its reply consists of besides the header
@@ -91,73 +135,5 @@ impl Core {
         } else {
             0
         }
-    }
-
-    /// How the server goes.
-    pub(super) fn status(&self) -> SpaceStatus {
-        let counts = self.executor.counts();
-        SpaceStatus {
-            server: self.name.clone(),
-            position: self.card.position,
-            incarnation: self.card.incarnation,
-            segment_size: self.card.segment_size,
-            clients: self.clients,
-            turned_away: self.turned_away,
-            broken: self.broken,
-            operations: counts.operations,
-            refused: counts.refused,
-            read_bytes: counts.read_bytes,
-            written_bytes: counts.written_bytes,
-            changes: self.executor.changes(),
-        }
-    }
-}
-
-/// How a server of a space goes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct SpaceStatus {
-    /// Its name.
-    pub server: String,
-    /// Its position among the servers, from 0.
-    pub position: u32,
-    /// The life of its segment.
-    pub incarnation: Incarnation,
-    /// Bytes of its segment.
-    pub segment_size: u64,
-    /// Clients that were welcomed and are there.
-    pub clients: u64,
-    /// Clients that were turned away.
-    pub turned_away: u64,
-    /// Connections that were ended for what they sent.
-    pub broken: u64,
-    /// Operations carried out, those in batches each for itself.
-    pub operations: u64,
-    /// Operations refused.
-    pub refused: u64,
-    /// Bytes copied out.
-    pub read_bytes: u64,
-    /// Bytes changed.
-    pub written_bytes: u64,
-    /// Requests that changed something.
-    pub changes: u64,
-}
-
-impl SpaceStatus {
-    /// As the reply to a stat has it.
-    pub fn to_json(&self) -> serde_json::Value {
-        json!({
-            "server": self.server,
-            "position": self.position,
-            "incarnation": self.incarnation.to_string(),
-            "segment_size": self.segment_size,
-            "clients": self.clients,
-            "turned_away": self.turned_away,
-            "broken": self.broken,
-            "operations": self.operations,
-            "refused": self.refused,
-            "read_bytes": self.read_bytes,
-            "written_bytes": self.written_bytes,
-            "changes": self.changes,
-        })
     }
 }

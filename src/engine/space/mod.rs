@@ -22,9 +22,12 @@ mod commands;
 mod connection;
 mod core;
 mod eager;
+mod live;
+mod log;
 mod native;
 mod outbox;
 mod run;
+mod safety;
 mod speaks;
 #[cfg(test)]
 mod tests;
@@ -38,21 +41,22 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use self::core::Core;
-pub use self::core::SpaceStatus;
 use commands::{Command, Commands};
+pub use live::SpaceWatch;
+use log::Log;
 use run::{Loop, OpenDoor};
+use safety::Safety;
+pub use safety::{MakeSafe, Replica};
 pub use speaks::Protocol;
 
 use crate::space::SpaceMap;
-use crate::space::config::SpaceLimits;
+use crate::space::config::{OperationLog, SpaceLimits};
 use crate::space::execute::Executor;
 use crate::space::frame::Incarnation;
 use crate::space::memory::Memory;
 use crate::space::stripes::Stripes;
 use crate::sys::{SysError, net};
-
-/// How long the loop may take to say how it goes.
-const ANSWER_DEADLINE: Duration = Duration::from_secs(2);
+use crate::wire::control::SpaceStatus;
 
 /// Where a server listens.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -97,6 +101,10 @@ pub struct SpaceServerConfig {
     /// The segment's memory, open for reading only, for clients on this host to map; none
     /// if they are not to.
     pub data: Option<OwnedFd>,
+    /// How changes become safe, if replies wait for that.
+    pub replica: Option<Replica>,
+    /// The log of operations, if there is to be one.
+    pub log: Option<OperationLog>,
 }
 
 /// Why a server cannot start.
@@ -125,6 +133,15 @@ pub enum SpaceServerError {
         #[source]
         source: SysError,
     },
+    /// The log of operations cannot be written.
+    #[error("cannot write the log of operations beside {}", path.display())]
+    Log {
+        /// The path in the configuration.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: std::io::Error,
+    },
     /// The system refuses what the loop needs.
     #[error("the server of the space cannot run; `uffd-sync doctor` says what is missing")]
     Kernel(#[from] SysError),
@@ -141,6 +158,7 @@ pub enum SpaceServerError {
 pub struct SpaceServer {
     commands: Commands,
     places: Vec<Place>,
+    watch: SpaceWatch,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -176,13 +194,24 @@ impl SpaceServer {
             let data = data.try_clone().map_err(SpaceServerError::Thread)?;
             descriptors = vec![Arc::new(data), stripes.descriptor()];
         }
-        let can_be_mapped = !descriptors.is_empty();
-        let core = Core::new(&config, Executor::new(Some(stripes)), memory, can_be_mapped);
+        let mut core = Core::new(&config, Executor::new(Some(stripes)), memory);
+        let watch = core.watch().clone();
+        if let Some(log) = &config.log {
+            let figures = Arc::clone(&watch.figures);
+            let started = Log::start(log, &watch.server, figures);
+            core.log = Some(started.map_err(|source| SpaceServerError::Log {
+                path: log.path.clone(),
+                source,
+            })?);
+        }
         let commands = Commands::new()?;
+        let replica = config.replica;
+        let safety = replica.map(|replica| Safety::start(replica, commands.clone()));
+        let safety = safety.transpose().map_err(SpaceServerError::Thread)?;
         let theirs = commands.clone();
         let (told, started) = mpsc::sync_channel(1);
         // The ring belongs to the thread that made it.
-        let body = move || match Loop::new(core, doors, descriptors, theirs) {
+        let body = move || match Loop::new(core, doors, descriptors, safety, theirs) {
             Ok(made) => {
                 let _ = told.send(Ok(()));
                 if let Err(error) = made.run() {
@@ -199,6 +228,7 @@ impl SpaceServer {
         Ok(Self {
             commands,
             places,
+            watch,
             thread: Some(thread),
         })
     }
@@ -216,13 +246,14 @@ impl SpaceServer {
         &self.places
     }
 
-    /// How it goes; none if the loop does not answer.
-    pub fn status(&self) -> Option<SpaceStatus> {
-        let (answer, answered) = mpsc::sync_channel(1);
-        if !self.commands.send(Command::Status(answer)) {
-            return None;
-        }
-        answered.recv_timeout(ANSWER_DEADLINE).ok()
+    /// Looks at it from other threads, as long as they like.
+    pub fn watch(&self) -> SpaceWatch {
+        self.watch.clone()
+    }
+
+    /// How it goes.
+    pub fn status(&self) -> SpaceStatus {
+        self.watch.status()
     }
 
     /// Answers what was received, and ends.

@@ -13,6 +13,8 @@ pub(crate) struct Native {
     /// Whether it comes over a Unix socket, which can carry descriptors.
     is_local: bool,
     state: State,
+    /// The client's own number, for the log.
+    client: u128,
     /// The header at the front, once it was checked.
     header: Option<RequestHeader>,
 }
@@ -29,6 +31,7 @@ impl Native {
         Self {
             is_local,
             state: State::Greeting,
+            client: 0,
             header: None,
         }
     }
@@ -67,6 +70,7 @@ impl Native {
         };
         let hello = Hello::decode(hello).map_err(|error| error.to_string())?;
         let refusal = refusal_of(&hello, core);
+        self.client = hello.client;
         self.state = if refusal == Refusal::None {
             core.clients += 1;
             State::Welcomed
@@ -134,27 +138,31 @@ impl Native {
         } else {
             core.execute(request, body, bytes)
         };
+        core.record(self.client, request, reply.status);
         let (header, body) = bytes[from..].split_at_mut(REPLY_BYTES);
         header.copy_from_slice(&reply.encode(body));
         out.reply(from, core.barrier());
         Ok(Taken::Bytes(REQUEST_BYTES + body_len))
     }
 
-    /// A change keeps its outcome, but says that no replica has it.
-    pub(super) fn not_acknowledged(reply: &mut [u8]) {
+    /// A change keeps its outcome, but says that no replica has it. False if it is no
+    /// change.
+    pub(super) fn not_acknowledged(reply: &mut [u8]) -> bool {
         let Some((bytes, body)) = reply.split_first_chunk_mut::<REPLY_BYTES>() else {
-            return;
+            return false;
         };
         let Ok(header) = ReplyHeader::decode(bytes) else {
-            return;
+            return false;
         };
-        if header.reply.status == Status::Done && header.reply.operation.changes() {
+        let promised = header.reply.status == Status::Done && header.reply.operation.changes();
+        if promised {
             let reply = Reply {
                 status: Status::NotAcknowledged,
                 ..header.reply
             };
             *bytes = reply.encode(body);
         }
+        promised
     }
 }
 

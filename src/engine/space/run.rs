@@ -15,6 +15,7 @@ use super::connection::Connection;
 use super::core::Core;
 use super::eager::Eager;
 use super::outbox::Outbox;
+use super::safety::Safety;
 use super::speaks::Protocol;
 use crate::engine::keys::{Key, Keyed};
 use crate::limits;
@@ -97,6 +98,8 @@ pub(super) struct Loop {
     bell: Arc<OwnedFd>,
     ends_at: Option<Instant>,
     pub(super) eager: Eager,
+    /// Brings changes to a replica, where replies wait for that.
+    pub(super) safety: Option<Safety>,
     _life: Option<Lifeline>,
 }
 
@@ -105,6 +108,7 @@ impl Loop {
         core: Core,
         doors: Vec<OpenDoor>,
         descriptors: Vec<Arc<OwnedFd>>,
+        safety: Option<Safety>,
         commands: Commands,
     ) -> Result<Self, SysError> {
         let stripes = core.executor.stripes();
@@ -127,6 +131,7 @@ impl Loop {
             commands,
             ends_at: None,
             eager: Eager::default(),
+            safety,
             _life: life,
         };
         this.await_bell()?;
@@ -165,6 +170,7 @@ impl Loop {
             while let Some(completion) = self.ring.next() {
                 self.dispatch(completion)?;
             }
+            self.core.show();
             for _ in 0..self.again.len() {
                 if let Some(key) = self.again.pop_front() {
                     self.go_on(key);
@@ -221,12 +227,16 @@ impl Loop {
             Some(Token::Recv(key)) => self.received(key, completion),
             Some(Token::Room(key)) => self.room(key),
             Some(Token::Door(door)) => {
+                self.closed_doors.push(door);
                 match (completion.accepted, completion.result) {
                     (Some(socket), _) => self.accepted(door as usize, socket),
-                    (None, Err(error)) => tracing::warn!(%error, "cannot accept a client"),
+                    // Tried again at the next tick: out of descriptors it fails at once.
+                    (None, Err(error)) => {
+                        tracing::warn!(%error, "cannot accept a client");
+                        return Ok(());
+                    }
                     (None, Ok(_)) => {}
                 }
-                self.closed_doors.push(door);
                 if !self.core.stopping {
                     self.open_doors();
                 }
@@ -245,10 +255,7 @@ impl Loop {
 
     fn obey(&mut self, command: Command) {
         match command {
-            Command::Status(answer) => {
-                // Whoever asked may have given up.
-                let _ = answer.try_send(self.core.status());
-            }
+            Command::Settled { change, is_safe } => self.settled(change, is_safe),
             Command::Stop => {
                 self.core.stopping = true;
                 self.ends_at = Some(Instant::now() + DRAIN);

@@ -57,8 +57,9 @@ impl Speaks {
         }
     }
 
-    /// A reply that waited for a replica's acknowledgement goes without it.
-    pub(super) fn not_acknowledged(&self, reply: &mut [u8]) {
+    /// A reply that waited for a replica's acknowledgement goes without it. False if it
+    /// says nothing that needs one.
+    pub(super) fn not_acknowledged(&self, reply: &mut [u8]) -> bool {
         match self {
             Self::Native(_) => Native::not_acknowledged(reply),
         }

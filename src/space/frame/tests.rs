@@ -1,3 +1,5 @@
+//! Frames as they are encoded and read back, and bytes that are none.
+
 use proptest::prelude::*;
 
 use super::*;

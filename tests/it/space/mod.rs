@@ -2,7 +2,10 @@
 //!
 //! [`servers`] starts, kills and restarts them, [`wire`] is a client made of frames alone.
 
+mod durability;
 mod hostile;
 mod lives;
+mod mapped;
 pub(crate) mod servers;
+mod watched;
 pub(crate) mod wire;

@@ -1,66 +1,53 @@
-//! `space ...`: the one file of an address space, checked and shown.
+//! `space ...`: the one file of an address space, checked and shown; its bytes, read and
+//! written.
 
-use std::path::PathBuf;
+pub mod args;
+mod cells;
+mod transfer;
+
+use std::path::Path;
+use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::{Args, Subcommand};
 use serde_json::{Value, json};
 
-use super::args::Report;
 use super::output::{Align, Output, table};
+use crate::client::space::{Space, SpaceOptions};
+pub use args::SpaceCommand;
+use args::{CheckArgs, MapArgs, Reach};
+
 use crate::node::space_file;
 use crate::space::SpaceMap;
 use crate::units::ByteSize;
-
-pub(super) const EXAMPLES: &str = "\
-Examples:
-  uffd-sync space check --config mcomp.cfg          is the file whole and right?
-  uffd-sync space map --config mcomp.cfg            which server holds which addresses
-  uffd-sync space map --config mcomp.cfg --offset 1GiB --len 4KiB
-
-The file is the same on every machine of the space. Machines compare the digest that both
-commands print: it covers segment_size, names and addresses, no comments.";
-
-/// The commands on an address space.
-#[derive(Debug, Subcommand)]
-pub enum SpaceCommand {
-    /// Reads the file and says what is wrong with it, or what it describes
-    Check(CheckArgs),
-    /// Shows which server holds which addresses, or the parts of a range
-    Map(MapArgs),
-}
-
-/// Flags of `space check`.
-#[derive(Debug, Args)]
-pub struct CheckArgs {
-    /// The file of the space
-    #[arg(long, value_name = "FILE")]
-    pub config: PathBuf,
-    #[command(flatten)]
-    report: Report,
-}
-
-/// Flags of `space map`.
-#[derive(Debug, Args)]
-pub struct MapArgs {
-    /// The file of the space
-    #[arg(long, value_name = "FILE")]
-    pub config: PathBuf,
-    /// First address of a range, whose parts are shown instead of the whole map
-    #[arg(long, value_name = "SIZE")]
-    pub offset: Option<ByteSize>,
-    /// Bytes of that range
-    #[arg(long, value_name = "SIZE", default_value = "1", requires = "offset")]
-    pub len: ByteSize,
-    #[command(flatten)]
-    report: Report,
-}
 
 pub(super) fn run(command: SpaceCommand) -> anyhow::Result<()> {
     match command {
         SpaceCommand::Check(args) => check(&args),
         SpaceCommand::Map(args) => show(&args),
+        SpaceCommand::Read(args) => transfer::read(&args),
+        SpaceCommand::Write(args) => transfer::write(&args),
+        SpaceCommand::Fill(args) => transfer::fill(&args),
+        SpaceCommand::Cas(args) => cells::compare_exchange(&args),
+        SpaceCommand::FetchAdd(args) => cells::fetch_add(&args),
+        SpaceCommand::Stat(args) => cells::stat(&args),
     }
+}
+
+/// A client of the space that a command names.
+fn open(reach: &Reach) -> anyhow::Result<Space> {
+    let config = space_file::load(&reach.config)?;
+    let options = SpaceOptions {
+        deadline: reach.deadline.map(Duration::from_millis),
+        transport: reach.over.into(),
+        sockets: reach.sockets.clone(),
+        no_mapping: false,
+    };
+    Ok(Space::connect_with(config, options)?)
+}
+
+/// What a range is in, for errors.
+fn of(config: &Path) -> String {
+    format!("the space of {}", config.display())
 }
 
 fn check(args: &CheckArgs) -> anyhow::Result<()> {
@@ -98,9 +85,7 @@ fn show(args: &MapArgs) -> anyhow::Result<()> {
     let (offset, len) = args
         .offset
         .map_or(whole, |ByteSize(offset)| (offset, args.len.0));
-    let parts = map
-        .split(offset, len)
-        .with_context(|| format!("the space of {}", args.config.display()))?;
+    let parts = map.split(offset, len).with_context(|| of(&args.config))?;
     let mut out = Output::new();
     if args.report.json {
         let parts: Vec<Value> = parts

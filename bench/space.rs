@@ -1,0 +1,62 @@
+//! What an address space costs: `cargo bench --bench space`.
+//!
+//! | cases | against | goal |
+//! |---|---|---|
+//! | `read-4k/*`, `write-4k/*`: one client, one at a time | a bare echo of the same bytes over the same socket | >= 0.85x its rate |
+//! | the same, `/redis` | Redis GETRANGE and SETRANGE over the same socket | >= 1x its rate |
+//! | `read-4k-16/*`, `write-4k-16/*`: 16 in flight, `/redis` | Redis with as many in flight | >= 1.5x its rate |
+//! | 8 B, 1 MiB, 64 in flight, 32 clients | the same peers | none |
+//! | `mapped-*`: reads from a segment on this host | memcpy of as many bytes | <= 1.5x its time |
+//! | `servers-2`, `servers-3` | one server | none |
+//! | `udp-8` | UDP for 8-byte reads, a bare echo over TCP | none |
+//!
+//! Servers are `uffd-sync serve --space` processes, as users run them; the echo is a
+//! process of this program, Redis one of its own. Where one client is measured it has a
+//! core and the server the other one; elsewhere the kernel places them. TCP is over
+//! loopback. Bytes that come back are compared with those that were written.
+
+#[path = "space/echo.rs"]
+mod echo;
+mod harness;
+#[path = "space/mapped.rs"]
+mod mapped;
+#[path = "space/one.rs"]
+mod one;
+#[path = "space/redis.rs"]
+mod redis;
+#[path = "space/servers.rs"]
+mod servers;
+#[path = "space/several.rs"]
+mod several;
+#[path = "space/udp.rs"]
+mod udp;
+#[path = "space/work.rs"]
+mod work;
+
+use harness::{Group, Role};
+
+fn main() -> std::process::ExitCode {
+    let group = |cases, run| Group {
+        cases,
+        only_all: false,
+        run,
+    };
+    let groups = [
+        group(one::CASES, one::run),
+        group(several::CLIENTS, several::run_clients),
+        group(several::SERVERS, several::run_servers),
+        group(mapped::CASES, mapped::run),
+        group(udp::CASES, udp::run),
+    ];
+    let roles = [
+        Role {
+            name: echo::ROLE,
+            run: echo::serve,
+        },
+        Role {
+            name: udp::ROLE,
+            run: udp::serve,
+        },
+    ];
+    harness::run("space", &groups, &roles)
+}

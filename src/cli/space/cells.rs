@@ -1,0 +1,104 @@
+//! `space cas`, `space fetch-add`, `space stat`: numbers in the space, and its servers.
+
+use anyhow::Context as _;
+use serde_json::{Value, json};
+
+use super::super::failure::{FAILED, Reported};
+use super::super::output::{Align, Output, table};
+use super::args::{CasArgs, FetchAddArgs, StatArgs};
+use super::{of, open};
+
+pub(super) fn compare_exchange(args: &CasArgs) -> anyhow::Result<()> {
+    let mut space = open(&args.reach)?;
+    let found = space
+        .compare_exchange(args.offset.0, args.expected, args.new)
+        .with_context(|| of(&args.reach.config))?;
+    let (Ok(before) | Err(before)) = found;
+    let mut out = Output::new();
+    if args.reach.report.json {
+        out.json(&json!({
+            "offset": args.offset.0,
+            "before": before,
+            "exchanged": found.is_ok(),
+        }))?;
+    } else {
+        out.line(before)?;
+    }
+    out.done()?;
+    match found {
+        Ok(_) => Ok(()),
+        Err(_) => Err(Reported(FAILED).into()),
+    }
+}
+
+pub(super) fn fetch_add(args: &FetchAddArgs) -> anyhow::Result<()> {
+    let mut space = open(&args.reach)?;
+    let before = space
+        .fetch_add(args.offset.0, args.add)
+        .with_context(|| of(&args.reach.config))?;
+    let mut out = Output::new();
+    if args.reach.report.json {
+        let after = before.wrapping_add(args.add);
+        out.json(&json!({ "offset": args.offset.0, "before": before, "after": after }))?;
+    } else {
+        out.line(before)?;
+    }
+    Ok(out.done()?)
+}
+
+/// Code 1 if any server did not answer; the report says which, and why.
+pub(super) fn stat(args: &StatArgs) -> anyhow::Result<()> {
+    let mut space = open(&args.reach)?;
+    let said = space.stat();
+    let all_answered = said.iter().all(|(_, said)| said.is_ok());
+    let mut out = Output::new();
+    let read = |text: &str| serde_json::from_str(text).unwrap_or(Value::from(text));
+    if args.reach.report.json {
+        let servers: Vec<_> = said
+            .iter()
+            .map(|(name, said)| match said {
+                Ok(text) => json!({ "name": name, "stat": read(text) }),
+                Err(error) => json!({ "name": name, "error": chain(error) }),
+            })
+            .collect();
+        out.json(&json!({ "size": space.size(), "servers": servers }))?;
+    } else {
+        let mut rows = table([("SERVER", Align::Left), ("SAYS", Align::Left)]);
+        for (name, said) in &said {
+            let text = match said {
+                Ok(text) => pairs(&read(text)),
+                Err(error) => chain(error),
+            };
+            rows.add_row([name.as_str(), &text]);
+        }
+        out.table(&rows)?;
+    }
+    out.done()?;
+    if all_answered {
+        return Ok(());
+    }
+    Err(Reported(FAILED).into())
+}
+
+/// An error with its causes, on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(next) = cause {
+        text += &format!(": {next}");
+        cause = next.source();
+    }
+    text
+}
+
+/// `clients 3, operations 17, ...`
+fn pairs(value: &Value) -> String {
+    let Value::Object(fields) = value else {
+        return value.to_string();
+    };
+    let field = |(key, value): (&String, &Value)| match value {
+        Value::String(text) => format!("{key} {text}"),
+        other => format!("{key} {other}"),
+    };
+    fields.iter().map(field).collect::<Vec<_>>().join(", ")
+}
