@@ -49,6 +49,7 @@
 //! | [`engine`] | the io_uring loop and its connections |
 //! | [`zerobuffer`] | two-buffer channels, compatible with ZeroBuffer v1 |
 //! | [`space`] | the memory of several servers as one range of addresses: its file and its map |
+//! | [`nbd`] | the NBD protocol of a server, as values |
 //! | [`replicate`] | updates from a source's epochs to a replica's, as values |
 //! | [`ordered`] | variables with one total order over all processes, as values |
 //! | [`duplex`] | channels in place: one frame, changed by the server where the client wrote it |
@@ -74,6 +75,8 @@ pub mod engine;
 pub mod limits;
 #[cfg(not(loom))]
 pub mod manual;
+#[cfg(not(loom))]
+pub mod nbd;
 #[cfg(not(loom))]
 pub mod node;
 #[cfg(not(loom))]

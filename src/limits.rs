@@ -118,6 +118,34 @@ limits! {
     SNAPSHOT_PERIOD_CEILING_S = 31_536_000, Count;
     /// Longest time that a strict snapshot may hold writes back.
     SNAPSHOT_GATE_CEILING_MS = 10_000, Millis;
+    /// Longest read or write of one NBD request, as clients take for granted where nothing else is said.
+    MAX_NBD_PAYLOAD = 32 * MIB, Bytes;
+    /// Size that NBD clients are told to prefer for their requests: a page.
+    NBD_PREFERRED_BLOCK = PAGE_SIZE, Bytes;
+    /// Longest text in the NBD protocol, as its document has it.
+    MAX_NBD_TEXT = 4 * KIB, Bytes;
+    /// Longest data of an option that is looked at; fits the name of an export and a dozen queries, what is longer is refused and passed over.
+    MAX_NBD_OPTION = 64 * KIB, Bytes;
+    /// Options of one NBD client before it has to have chosen an export; real ones send five.
+    MAX_NBD_OPTIONS = 256, Count;
+    /// Queries for metadata contexts in one option; there is one context.
+    MAX_NBD_QUERIES = 64, Count;
+    /// Bytes that a long NBD request is carried out by at a time; whole stripes.
+    NBD_PIECE = 4 * SPACE_STRIPE, Bytes;
+    /// Bytes of a range that is zeroed at a time; nothing of it is sent or staged.
+    NBD_ZERO_PIECE = MIB, Bytes;
+    /// Bytes of one NBD connection that wait for other servers before nothing more is taken from it.
+    NBD_STAGED = 4 * MIB, Bytes;
+    /// Requests of one NBD connection that wait for other servers; `fio` and `nbdcopy` use up to 64.
+    MAX_NBD_IN_FLIGHT = 256, Count;
+    /// Bytes of replies that wait to be sent to one NBD client before nothing more is carried out for it.
+    NBD_REPLIES = MIB, Bytes;
+    /// Bytes read, written or zeroed for one NBD connection before others have their turn; about 0.2 ms.
+    NBD_TURN = 2 * MIB, Bytes;
+    /// Extents in one answer to a question of block status; clients ask again from where it ends.
+    MAX_NBD_EXTENTS = 1024, Count;
+    /// NBD connections to one server of a space; each may stage, and wait to send, 6 MiB.
+    MAX_NBD_CLIENTS = 256, Count;
     /// Replicas following one region.
     MAX_REPLICAS = 64, Count;
     /// Replicas whose acknowledged epochs stand in the control page.
@@ -399,6 +427,18 @@ const _: () = {
     assert!(
         MAX_WRITERS <= 32,
         "the control page has a line of words for each writer"
+    );
+    assert!(
+        NBD_PIECE.is_multiple_of(SPACE_STRIPE) && NBD_ZERO_PIECE.is_multiple_of(SPACE_STRIPE),
+        "a long request is cut where stripes end"
+    );
+    assert!(
+        NBD_ZERO_PIECE <= MAX_SPACE_OPERATION && NBD_PIECE <= MAX_SPACE_OPERATION,
+        "a piece of an NBD request is one operation"
+    );
+    assert!(
+        NBD_STAGED >= 2 * NBD_PIECE && MAX_NBD_PAYLOAD <= u32::MAX as u64,
+        "pieces overlap, and lengths fit their fields"
     );
     assert!(
         MARK_RING_SLOTS.is_power_of_two(),

@@ -15,14 +15,14 @@ const MAX_FN_LINES: usize = 70;
 const DRAWERS: [&str; 4] = ["util", "common", "helpers", "types"];
 const UNSAFE_ROOMS: [&str; 3] = ["sys", "shm", "ffi"];
 /// Rooms whose code is values: no socket, clock or thread of their own.
-const PURE_ROOMS: [&str; 5] = ["wire", "replicate", "duplex", "ordered", "space"];
+const PURE_ROOMS: [&str; 6] = ["wire", "replicate", "duplex", "ordered", "space", "nbd"];
 const BASE: [&str; 5] = ["units", "limits", "bitmap", "checksum", "words"];
 
 /// The rooms that `room` may import besides the base and itself, or none if the
 /// table does not know it. Only what stands below it: siblings are no exception.
 fn below(room: &str) -> Option<&'static [&'static str]> {
     Some(match room {
-        "sys" | "wire" | "manual" | "ordered" => &[],
+        "sys" | "wire" | "manual" | "ordered" | "nbd" => &[],
         "shm" => &["sys"],
         "region" | "track" | "zerobuffer" => &["shm", "sys"],
         "replicate" | "duplex" => &["region", "track", "wire", "shm", "sys"],
@@ -30,6 +30,7 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
         "engine" => &[
             "ordered",
             "space",
+            "nbd",
             "replicate",
             "region",
             "track",
@@ -54,6 +55,7 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
         "client" => &[
             "engine",
             "space",
+            "nbd",
             "duplex",
             "ordered",
             "replicate",
@@ -69,6 +71,7 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
             "client",
             "engine",
             "space",
+            "nbd",
             "duplex",
             "ordered",
             "replicate",
