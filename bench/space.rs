@@ -8,6 +8,9 @@
 //! | 8 B, 1 MiB, 64 in flight, 32 clients | the same peers | none |
 //! | `mapped-*`: reads from a segment on this host | memcpy of as many bytes | <= 1.5x its time |
 //! | `servers-2`, `servers-3` | one server | none |
+//! | `nbd-read-4k`, `nbd-write-4k`: `fio`, one at a time | the same job, nbdkit's memory plugin | <= 1.1x its time |
+//! | `nbd-*-32`: 32 in flight | the same | >= 1x its rate, unless `fio` is at 90 % of a processor |
+//! | `nbd-*/qemu-nbd` | the same, qemu-nbd | none |
 //! | `udp-8` | UDP for 8-byte reads, a bare echo over TCP | none |
 //!
 //! Servers are `uffd-sync serve --space` processes, as users run them; the echo is a
@@ -20,6 +23,8 @@ mod echo;
 mod harness;
 #[path = "space/mapped.rs"]
 mod mapped;
+#[path = "space/nbd.rs"]
+mod nbd;
 #[path = "space/one.rs"]
 mod one;
 #[path = "space/redis.rs"]
@@ -47,6 +52,7 @@ fn main() -> std::process::ExitCode {
         group(several::SERVERS, several::run_servers),
         group(mapped::CASES, mapped::run),
         group(udp::CASES, udp::run),
+        group(nbd::CASES, nbd::run),
     ];
     let roles = [
         Role {

@@ -104,8 +104,6 @@ limits! {
     SPACE_SEND_QUEUE = 4 * MIB, Bytes;
     /// Time for which a client of a space may stay in the middle of a request, or leave replies unread.
     SPACE_STALL_MS = 60_000, Millis;
-    /// Time that a server of a space waits awake for the next request of its only client; to be woken takes as long.
-    SPACE_SPIN_US = 20, Micros;
     /// Longest deadline of one operation on a space.
     SPACE_DEADLINE_CEILING_MS = 3_600_000, Millis;
     /// Smallest file of a log of operations, before it is rotated.
@@ -138,13 +136,17 @@ limits! {
     NBD_STAGED = 4 * MIB, Bytes;
     /// Requests of one NBD connection that wait for other servers; `fio` and `nbdcopy` use up to 64.
     MAX_NBD_IN_FLIGHT = 256, Count;
-    /// Bytes of replies that wait to be sent to one NBD client before nothing more is carried out for it.
+    /// Bytes of replies that are made for one NBD client at a time, besides the piece that passes it.
     NBD_REPLIES = MIB, Bytes;
     /// Bytes read, written or zeroed for one NBD connection before others have their turn; about 0.2 ms.
     NBD_TURN = 2 * MIB, Bytes;
     /// Extents in one answer to a question of block status; clients ask again from where it ends.
     MAX_NBD_EXTENTS = 1024, Count;
-    /// NBD connections to one server of a space; each may stage, and wait to send, 6 MiB.
+    /// Bytes that all NBD connections of a server have wait for other servers.
+    NBD_STAGED_BY_ALL = 64 * MIB, Bytes;
+    /// Units of all NBD connections of a server that wait for other servers.
+    MAX_NBD_ERRANDS = 4096, Count;
+    /// NBD connections to one server of a space.
     MAX_NBD_CLIENTS = 256, Count;
     /// Replicas following one region.
     MAX_REPLICAS = 64, Count;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context, ensure};
@@ -99,6 +99,11 @@ impl Servers {
         Ok(Space::connect_with(self.config.clone(), options)?)
     }
 
+    /// Where the first server serves NBD.
+    pub(crate) fn nbd_socket(&self) -> PathBuf {
+        nbd_socket(self.folder.path(), 0)
+    }
+
     /// Everything is as it was written: what was moved is what it should be.
     pub(crate) fn verify(&self) -> anyhow::Result<()> {
         let mut space = self.connect(Over::Tcp, true)?;
@@ -115,6 +120,10 @@ impl Servers {
     }
 }
 
+fn nbd_socket(folder: &Path, at: usize) -> PathBuf {
+    folder.join(format!("s{at}.nbd"))
+}
+
 fn start(folder: &Path, file: &Path, at: usize) -> anyhow::Result<Process> {
     let mut child = Command::new(env!("CARGO_BIN_EXE_uffd-sync"))
         .env("XDG_RUNTIME_DIR", folder)
@@ -126,6 +135,8 @@ fn start(folder: &Path, file: &Path, at: usize) -> anyhow::Result<Process> {
             "--space",
         ])
         .arg(file)
+        .arg("--nbd")
+        .arg(format!("unix:{}", nbd_socket(folder, at).display()))
         .arg("--socket")
         .arg(folder.join(format!("s{at}.control")))
         .stdin(Stdio::piped())

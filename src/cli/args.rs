@@ -12,6 +12,7 @@ use clap_complete::Shell;
 use super::channel::args::{ChannelCommand, EXAMPLES as CHANNEL_EXAMPLES};
 use super::space::args::{EXAMPLES as SPACE_EXAMPLES, SpaceCommand};
 use super::var::args::{EXAMPLES as VAR_EXAMPLES, VarCommand, VarPartyArgs};
+use crate::node::space::NbdPlace;
 use crate::units::ByteSize;
 use crate::wire::follow::FollowSpec;
 use crate::words::{Mode, Publish, RegionName};
@@ -35,6 +36,7 @@ Examples:
   uffd-sync serve --socket /tmp/b.sock --follow tcp://127.0.0.1:7411/prices
   uffd-sync serve --config node.toml
   uffd-sync serve --space mcomp.cfg --server a      lends the segment of server a
+  uffd-sync serve --space mcomp.cfg --server a --nbd tcp://127.0.0.1:10809
 
 Signals:
   SIGTERM, SIGINT   send what is pending, then end (at most 3 s)
@@ -168,6 +170,10 @@ pub struct ServeArgs {
     /// default control socket, named by the map's digest and the server]
     #[arg(long, value_name = "PATH", requires = "space")]
     pub space_socket: Option<PathBuf>,
+    /// Serves the space to NBD clients there, as exports all and server-0, server-1 and so
+    /// on; may be given several times
+    #[arg(long, value_name = "tcp://HOST[:PORT]|unix:PATH", requires = "space")]
+    pub nbd: Vec<NbdPlace>,
     /// Begins the segment with what this replica has of the server's life before, and goes
     /// on with that life
     #[arg(long, value_name = "tcp://HOST:PORT/REGION", requires = "space")]

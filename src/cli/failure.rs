@@ -17,7 +17,7 @@ use crate::client::ClientError;
 use crate::client::channel::ChannelError;
 use crate::client::space::{self, Failure};
 use crate::node::ConfigError;
-use crate::node::space::SpaceError;
+use crate::node::space::SpaceError as LendError;
 use crate::node::space_file::SpaceFileError;
 use crate::sys::SysError;
 use crate::units::OutOfRange;
@@ -90,8 +90,8 @@ fn code(error: &anyhow::Error) -> u8 {
             || cause.is::<ConfigError>()
             || cause.is::<SpaceFileError>()
             || cause
-                .downcast_ref::<SpaceError>()
-                .is_some_and(SpaceError::is_bad_input)
+                .downcast_ref::<LendError>()
+                .is_some_and(LendError::is_bad_input)
             || cause
                 .downcast_ref::<ClientError>()
                 .is_some_and(is_bad_request)

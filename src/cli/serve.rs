@@ -12,7 +12,9 @@ use tracing_subscriber::{EnvFilter, Registry, fmt, reload};
 
 use super::args::ServeArgs;
 use super::demo::children::on_end_of_input;
-use crate::node::space::SpaceFlags;
+use crate::client::space::{Gateway, SpaceOptions};
+use crate::engine::space::Errands;
+use crate::node::space::{NbdPlace, SpaceFlags};
 use crate::node::{self, ConfigSource, NodeConfig, NodeFlags};
 use crate::sys::process::PidFd;
 use crate::wire::follow::FollowSpec;
@@ -30,7 +32,12 @@ pub(super) fn run(args: ServeArgs, socket: Option<PathBuf>) -> anyhow::Result<()
             metrics: args.metrics,
             follow: args.follow,
             log: args.log,
-            space: space_of(args.space, args.server, args.space_socket, args.recover),
+            space: space_of(
+                (args.space, args.server),
+                args.space_socket,
+                args.nbd,
+                args.recover,
+            )?,
         },
     };
     // Read here for the log and the socket's folder; the node reads it for the rest.
@@ -40,7 +47,11 @@ pub(super) fn run(args: ServeArgs, socket: Option<PathBuf>) -> anyhow::Result<()
     if config.socket == node::default_socket() || beside.is_some_and(|it| it.socket.is_none()) {
         make_default_folder()?;
     }
+    let lent = source.flags.space.clone();
+    let mut gateway = None;
     let ready = |config: &NodeConfig, listen: Option<std::net::SocketAddr>| {
+        // After the engine blocked its signals, so that this thread inherits that.
+        gateway = lent.and_then(|flags| start_gateway(&flags));
         tell_ready(config, listen);
         if until_eof && let Err(error) = end_with_input() {
             tracing::error!(%error, "this node will not end with its input");
@@ -48,23 +59,51 @@ pub(super) fn run(args: ServeArgs, socket: Option<PathBuf>) -> anyhow::Result<()
     };
     let served = node::serve(&source, ready, move |filter| change_log(&log, filter));
     tell_manager(sd_notify::NotifyState::Stopping);
+    drop(gateway);
     served.context("serving")
 }
 
 fn space_of(
-    file: Option<PathBuf>,
-    server: Option<String>,
+    (file, server): (Option<PathBuf>, Option<String>),
     socket: Option<PathBuf>,
+    nbd: Vec<NbdPlace>,
     recover: Option<FollowSpec>,
-) -> Option<SpaceFlags> {
+) -> anyhow::Result<Option<SpaceFlags>> {
     // Neither is given without the other.
-    let (file, server) = file.zip(server)?;
-    Some(SpaceFlags {
+    let Some((file, server)) = file.zip(server) else {
+        return Ok(None);
+    };
+    let errands = match nbd.is_empty() {
+        true => None,
+        false => Some(Errands::new().context("serving NBD")?),
+    };
+    Ok(Some(SpaceFlags {
         file,
         server,
         socket,
         recover,
-    })
+        nbd,
+        errands,
+    }))
+}
+
+/// What brings NBD clients to the other servers of the space.
+fn start_gateway(flags: &SpaceFlags) -> Option<Gateway> {
+    let errands = flags.errands.clone()?;
+    // It was read before, or the node would not be ready.
+    let config = node::space_file::load(&flags.file);
+    let started = config.map(|config| Gateway::start(config, SpaceOptions::default(), errands));
+    match started {
+        Ok(Ok(gateway)) => Some(gateway),
+        Ok(Err(error)) => {
+            tracing::error!(%error, "NBD clients reach no other server");
+            None
+        }
+        Err(error) => {
+            tracing::error!(%error, "NBD clients reach no other server");
+            None
+        }
+    }
 }
 
 /// Makes the folder of the default sockets, for this user alone. Any other socket is

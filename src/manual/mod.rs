@@ -9,6 +9,7 @@
 //! | [`ordered`] | who relies on the order of variables, checks it, or implements it elsewhere |
 //! | [`space`] | who runs the servers of an address space, or relies on what they promise |
 //! | [`space_clients`] | who reads and writes an address space: promises, errors, pipelining |
+//! | [`space_nbd`] | who reaches an address space with NBD tools: exports, promises, errors |
 //! | [`operations`] | who runs nodes: configuration, signals, metrics, troubleshooting |
 
 #[doc = include_str!("architecture.md")]
@@ -31,6 +32,9 @@ pub mod space {}
 
 #[doc = include_str!("space_clients.md")]
 pub mod space_clients {}
+
+#[doc = include_str!("space_nbd.md")]
+pub mod space_nbd {}
 
 #[doc = include_str!("operations.md")]
 pub mod operations {}

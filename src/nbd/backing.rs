@@ -46,6 +46,8 @@ pub enum Answer {
     Done,
     /// Taken; [`Session::completed`](super::Session::completed) will be called with it.
     Later,
+    /// Not taken now: it is to be asked again after the next completion of any session.
+    Busy,
     /// Not carried out, or nobody knows.
     Failed(Failure),
 }

@@ -21,15 +21,6 @@ pub struct Export {
 }
 
 impl Export {
-    /// The end of the stripe that the byte at `offset` lies in.
-    pub(super) fn stripe_end(&self, offset: u64) -> u64 {
-        let begin = offset - offset % self.segment;
-        let stripe = (offset - begin) / SPACE_STRIPE + 1;
-        (begin + stripe * SPACE_STRIPE)
-            .min(begin + self.segment)
-            .min(self.size)
-    }
-
     /// The last end of a stripe that is not behind `most`, if one lies behind `offset`.
     pub(super) fn last_stripe_end(&self, offset: u64, most: u64) -> Option<u64> {
         if most >= self.size {
@@ -131,10 +122,6 @@ mod tests {
     fn stripes_are_counted_in_each_segment() {
         let odd = SPACE_STRIPE + PAGE_SIZE;
         let export = export(3 * odd, odd);
-        assert_eq!(export.stripe_end(0), SPACE_STRIPE);
-        assert_eq!(export.stripe_end(SPACE_STRIPE), odd);
-        assert_eq!(export.stripe_end(odd), odd + SPACE_STRIPE);
-        assert_eq!(export.stripe_end(3 * odd - 1), 3 * odd);
         assert_eq!(export.last_stripe_end(0, SPACE_STRIPE - 1), None);
         assert_eq!(export.last_stripe_end(0, SPACE_STRIPE), Some(SPACE_STRIPE));
         assert_eq!(export.last_stripe_end(5, odd + 7), Some(odd));

@@ -28,9 +28,9 @@
 //! Invariants:
 //! - I1: a length is compared with its limit before anything is kept or made of that size;
 //!   what is longer is passed over as it comes in, or ends the connection.
-//! - I2: no more is staged than [`NBD_STAGED`](crate::limits::NBD_STAGED) and one piece, no
-//!   more replies are made while [`NBD_REPLIES`](crate::limits::NBD_REPLIES) wait, and a call
-//!   works on no more than [`NBD_TURN`](crate::limits::NBD_TURN) and one piece.
+//! - I2: no more is staged than [`NBD_STAGED`](crate::limits::NBD_STAGED) and one piece; a
+//!   call makes one reply or a part of it, and after [`NBD_TURN`](crate::limits::NBD_TURN)
+//!   bytes it asks to let others go on.
 //! - I3: each request gets one reply, in the terms of the protocol, whatever its flags,
 //!   range and length; bytes that are no request end the connection.
 //! - I4: a request is passed to the backing only if its whole range lies in the export.

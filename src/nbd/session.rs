@@ -55,9 +55,10 @@ pub enum Violation {
 pub enum Next {
     /// This many bytes have to be there, from the first one that was not consumed.
     Input(usize),
-    /// There is more to do as soon as fewer than
-    /// [`NBD_REPLIES`](crate::limits::NBD_REPLIES) bytes of output wait: at once, if
-    /// that is so, after others had their turn.
+    /// A request was answered or a part of it; there may be more to do. To be called again
+    /// once not too much output waits to be sent.
+    More,
+    /// The same, but others should have their turn before.
     Turn,
     /// Nothing can be done before a unit is [`completed`](Session::completed).
     Completion,
@@ -107,18 +108,19 @@ impl Session {
         }
     }
 
-    /// Works on what was received, appending replies to `out`, which holds what has not been
-    /// sent yet. What is not consumed has to come first in the next call.
+    /// Works on what was received, up to one reply, which is appended to `out`: at most
+    /// [`NBD_REPLIES`](crate::limits::NBD_REPLIES) bytes and one piece. What is not consumed
+    /// has to come first in the next call.
     pub fn advance(
         &mut self,
         input: &[u8],
         out: &mut Vec<u8>,
         backing: &mut dyn Backing,
     ) -> Advanced {
-        let mut consumed = 0;
+        let (mut consumed, start) = (0, out.len());
         let next = loop {
-            if out.len() as u64 >= NBD_REPLIES && !matches!(self.phase, Phase::Over(_)) {
-                break Next::Turn;
+            if (out.len() - start) as u64 >= NBD_REPLIES && !matches!(self.phase, Phase::Over(_)) {
+                break Next::More;
             }
             let rest = &input[consumed..];
             match &mut self.phase {

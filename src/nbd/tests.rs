@@ -16,6 +16,9 @@ use crate::limits::{NBD_PIECE, NBD_REPLIES, NBD_STAGED};
 struct Memory {
     bytes: Vec<u8>,
     later: bool,
+    /// Refuses every other unit until the next completion.
+    busy: bool,
+    refused: bool,
     fails: bool,
     kept: VecDeque<Kept>,
     holes: Vec<Extent>,
@@ -53,6 +56,10 @@ impl Memory {
     }
 
     fn answer(&mut self, unit: Unit, what: What) -> Answer {
+        self.refused = self.busy && !self.refused && !self.kept.is_empty();
+        if self.refused {
+            return Answer::Busy;
+        }
         self.seen.push((unit.address, unit.len));
         assert!(
             self.range(unit).end <= self.bytes.len(),
@@ -188,6 +195,11 @@ impl Client {
                 Next::Input(needed) => needed,
                 _ => 0,
             });
+            if self.out.len() as u64 >= NBD_REPLIES {
+                let sent = self.out.len().min(self.grain);
+                self.got.extend(self.out.drain(..sent));
+                continue;
+            }
             let most = offered.saturating_add(self.grain).min(self.input.len());
             offered = 0;
             let advanced =
@@ -204,13 +216,10 @@ impl Client {
             self.next = advanced.next;
             let stuck = match self.next {
                 Next::Input(needed) => {
-                    assert!(
-                        needed > 0 && needed <= 16 + (64 << 10) + 28,
-                        "asks {needed}"
-                    );
+                    assert!(needed > 0 && needed <= NBD_PIECE as usize, "asks {needed}");
                     needed > self.input.len() && advanced.consumed == 0
                 }
-                Next::Turn => false,
+                Next::More | Next::Turn => false,
                 Next::Completion | Next::Close(_) => advanced.consumed == 0,
             };
             if stuck {

@@ -20,8 +20,8 @@ use super::numbers::REQUEST_BYTES;
 use super::reply;
 use super::session::{Advanced, Next, Violation};
 use crate::limits::{
-    MAX_NBD_EXTENTS, MAX_NBD_IN_FLIGHT, MAX_SPACE_OPERATION, NBD_PIECE, NBD_REPLIES, NBD_STAGED,
-    NBD_TURN, NBD_ZERO_PIECE, SPACE_STRIPE,
+    MAX_NBD_EXTENTS, MAX_NBD_IN_FLIGHT, MAX_SPACE_OPERATION, NBD_PIECE, NBD_STAGED, NBD_TURN,
+    NBD_ZERO_PIECE, SPACE_STRIPE,
 };
 
 /// A request of which something is under way.
@@ -94,7 +94,7 @@ pub(super) struct Transmission {
     flights: Slab<Flight>,
     staged: u64,
     current: Current,
-    /// Work of the present turn, in bytes.
+    /// Work since others had their turn, in bytes.
     turn: u64,
     /// The client said that nothing more comes.
     ending: bool,
@@ -127,14 +127,17 @@ impl Transmission {
         out: &mut Vec<u8>,
         backing: &mut dyn Backing,
     ) -> Advanced {
-        self.turn = 0;
-        let mut consumed = 0;
+        let (mut consumed, start) = (0, out.len());
         let next = loop {
             if let Some(violation) = self.broken {
                 break Next::Close(Some(violation));
             }
-            if self.turn >= NBD_TURN || out.len() as u64 >= NBD_REPLIES {
+            if self.turn >= NBD_TURN {
+                self.turn = 0;
                 break Next::Turn;
+            }
+            if out.len() > start {
+                break Next::More;
             }
             match self.step(&input[consumed..], out, backing) {
                 Step::On(used) => consumed += used,
@@ -194,8 +197,8 @@ impl Transmission {
             Command::Disconnect => self.ending = true,
             Command::Nothing => reply::simple(out, cookie, 0),
             Command::Status { one } => self.status(out, backing, &request, one),
-            Command::Zero(how) => self.zero(out, backing, &request, how),
-            Command::Read { whole } => self.read(out, backing, &request, whole),
+            Command::Zero(how) => return self.zero(out, backing, &request, how),
+            Command::Read { whole } => return self.read(out, backing, &request, whole),
             Command::Write => return self.write(input, out, backing, &request),
         }
         header
@@ -260,27 +263,36 @@ impl Transmission {
         backing: &mut dyn Backing,
         request: &Request,
         how: Zeroing,
-    ) {
+    ) -> Step {
         if u64::from(request.len) > NBD_ZERO_PIECE {
             let flight = self.open(request);
             self.current = Current::Zero(flight, Span::of(request), how);
-            return;
+            return Step::On(REQUEST_BYTES);
         }
         self.turn += u64::from(request.len);
         let answer = match request.len {
             0 => Answer::Done,
             _ => backing.zero(self.single(request), how),
         };
-        self.answered(out, request, answer);
+        self.answered(out, request, answer, REQUEST_BYTES)
     }
 
-    /// The reply to a request that was one unit and reads nothing.
-    fn answered(&mut self, out: &mut Vec<u8>, request: &Request, answer: Answer) {
+    /// The reply to a request that was one unit and reads nothing; the request takes
+    /// `bytes` of the input.
+    fn answered(
+        &mut self,
+        out: &mut Vec<u8>,
+        request: &Request,
+        answer: Answer,
+        bytes: usize,
+    ) -> Step {
         match answer {
+            Answer::Busy => return Step::Stop(Next::Completion),
             Answer::Later => self.wait_for(request),
             Answer::Done => reply::simple(out, request.cookie, 0),
             Answer::Failed(failure) => self.refuse(out, request, failure),
         }
+        Step::On(bytes)
     }
 
     fn read(
@@ -289,7 +301,8 @@ impl Transmission {
         backing: &mut dyn Backing,
         request: &Request,
         whole: bool,
-    ) {
+    ) -> Step {
+        let header = Step::On(REQUEST_BYTES);
         let (cookie, structured) = (request.cookie, self.agreed.structured);
         let len = u64::from(request.len);
         if len > NBD_PIECE {
@@ -299,14 +312,14 @@ impl Transmission {
             } else {
                 Current::Chunks(flight, span)
             };
-            return;
+            return header;
         }
         if len == 0 {
             match structured {
                 true => reply::last_chunk(out, cookie),
                 false => reply::simple(out, cookie, 0),
             }
-            return;
+            return header;
         }
         self.turn += len;
         let start = out.len();
@@ -320,9 +333,11 @@ impl Transmission {
         }
         match answer {
             Answer::Done => {}
+            Answer::Busy => return Step::Stop(Next::Completion),
             Answer::Later => self.wait_for(request),
             Answer::Failed(failure) => self.refuse(out, request, failure),
         }
+        header
     }
 
     fn write(
@@ -341,8 +356,7 @@ impl Transmission {
                 0 => Answer::Done,
                 _ => backing.write(self.single(request), payload),
             };
-            self.answered(out, request, answer);
-            return Step::On(whole);
+            return self.answered(out, request, answer, whole);
         }
         if u64::from(request.len) <= SPACE_STRIPE {
             return Step::Stop(Next::Input(whole));
@@ -375,12 +389,11 @@ impl Transmission {
         (flight, span): (u32, Span),
     ) -> Step {
         let there = (input.len() as u64).min(span.left()).min(NBD_PIECE);
-        let stripe = self.export.stripe_end(span.at).min(span.end);
         let end = match span.at + there {
             end if end == span.end => end,
             end => match self.export.last_stripe_end(span.at, end) {
                 Some(end) => end,
-                None => return Step::Stop(Next::Input((stripe - span.at) as usize)),
+                None => return Step::Stop(Next::Input(self.wanted(span))),
             },
         };
         let len = end - span.at;
@@ -390,6 +403,9 @@ impl Transmission {
         self.turn += len;
         let unit = self.unit(flight, span.at, len);
         let answer = backing.write(unit, &input[..len as usize]);
+        if answer == Answer::Busy {
+            return Step::Stop(Next::Completion);
+        }
         let span = Span { at: end, ..span };
         self.current = match span.left() {
             0 => Current::None,
@@ -397,6 +413,16 @@ impl Transmission {
         };
         self.piece_answered(out, unit, answer, span.left() == 0);
         Step::On(len as usize)
+    }
+
+    /// Bytes from the beginning of a span that make its next piece.
+    fn wanted(&self, span: Span) -> usize {
+        let piece = span.at + NBD_PIECE;
+        let end = match piece < span.end {
+            true => self.export.last_stripe_end(span.at, piece).unwrap_or(piece),
+            false => span.end,
+        };
+        (end - span.at) as usize
     }
 
     fn zero_piece(
@@ -417,6 +443,9 @@ impl Transmission {
         self.turn += len;
         let unit = self.unit(flight, span.at, len);
         let answer = backing.zero(unit, how);
+        if answer == Answer::Busy {
+            return Step::Stop(Next::Completion);
+        }
         let span = Span { at: end, ..span };
         self.current = match span.left() {
             0 => Current::None,
@@ -438,10 +467,6 @@ impl Transmission {
         }
         self.turn += len;
         let last = after.left() == 0;
-        self.current = match last {
-            true => Current::None,
-            false => Current::Chunks(key, after),
-        };
         let flight = &self.flights[key as usize];
         let done = last && flight.left == 0 && flight.failed.is_none();
         let (start, unit) = (out.len(), self.unit(key, span.at, len));
@@ -450,6 +475,13 @@ impl Transmission {
         if answer != Answer::Done {
             out.truncate(start);
         }
+        if answer == Answer::Busy {
+            return Step::Stop(Next::Completion);
+        }
+        self.current = match last {
+            true => Current::None,
+            false => Current::Chunks(key, after),
+        };
         if answer == Answer::Done && done {
             self.flights.remove(key as usize);
         } else {
@@ -460,12 +492,9 @@ impl Transmission {
 
     /// The length of the next piece of a read, and what is left behind it.
     fn next_read(&self, span: Span) -> (u64, Span) {
-        let most = (span.at + NBD_PIECE).min(span.end);
-        let end = match most < span.end {
-            true => self.export.last_stripe_end(span.at, most).unwrap_or(most),
-            false => most,
-        };
-        (end - span.at, Span { at: end, ..span })
+        let len = self.wanted(span) as u64;
+        let at = span.at + len;
+        (len, Span { at, ..span })
     }
 
     fn stream(
@@ -486,6 +515,10 @@ impl Transmission {
         }
         match append(backing, unit, out) {
             Answer::Done => self.streamed(out, key, span, Ok(len)),
+            Answer::Busy => {
+                out.truncate(start);
+                return Step::Stop(Next::Completion);
+            }
             Answer::Later => {
                 out.truncate(start);
                 self.staged += len;
@@ -556,7 +589,7 @@ impl Transmission {
         let flight = &mut self.flights[unit.flight as usize];
         flight.whole |= last;
         match answer {
-            Answer::Done => {}
+            Answer::Done | Answer::Busy => {}
             Answer::Later => {
                 flight.left += 1;
                 self.staged += u64::from(unit.len);

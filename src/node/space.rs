@@ -18,16 +18,19 @@ mod segment;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
+use std::str::FromStr;
+use std::sync::Arc;
 
 use super::Node;
 use super::config::{NodeConfig, default_socket, is_loopback};
 use super::space_file::{self, SpaceFileError};
 use crate::client::ClientError;
 use crate::engine::space::{
-    Door, Place, Protocol, SpaceServer, SpaceServerConfig, SpaceServerError,
+    Door, Errands, Place, Protocol, SpaceServer, SpaceServerConfig, SpaceServerError,
 };
 use crate::region::{ReadError, RegionError};
 use crate::space::frame::Incarnation;
+use crate::space::map::ServerAddress;
 use crate::space::{Durability, Server, SpaceConfig, SpaceMap};
 use crate::sys::SysError;
 use crate::units::OutOfRange;
@@ -43,9 +46,48 @@ pub struct SpaceFlags {
     pub server: String,
     /// Path of its Unix socket; [`socket_of`] if none.
     pub socket: Option<PathBuf>,
+    /// Where NBD clients are served besides.
+    pub nbd: Vec<NbdPlace>,
+    /// The way to the other servers for them; without it they get only what lies here.
+    pub errands: Option<Arc<Errands>>,
     /// The replica of an earlier life that the segment begins with:
     /// `tcp://HOST:PORT/REGION`.
     pub recover: Option<FollowSpec>,
+}
+
+/// Where NBD clients are served: `tcp://HOST[:PORT]` or `unix:PATH`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum NbdPlace {
+    /// On TCP; without a port on [`NBD_PORT`].
+    Tcp(ServerAddress),
+    /// On a Unix socket.
+    Unix(PathBuf),
+}
+
+/// The port that is registered for NBD.
+pub const NBD_PORT: u16 = 10809;
+
+/// Text that names no place for NBD clients.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("write tcp://HOST, tcp://HOST:PORT or unix:/PATH, as in tcp://127.0.0.1:10809")]
+pub struct NbdPlaceError;
+
+impl FromStr for NbdPlace {
+    type Err = NbdPlaceError;
+
+    fn from_str(text: &str) -> Result<Self, NbdPlaceError> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            let path = PathBuf::from(path);
+            return match path.is_absolute() {
+                true => Ok(Self::Unix(path)),
+                false => Err(NbdPlaceError),
+            };
+        }
+        let host = text.strip_prefix("tcp://").ok_or(NbdPlaceError)?;
+        let with_port = || format!("{host}:{NBD_PORT}").parse();
+        let address = host.parse().or_else(|_| with_port());
+        Ok(Self::Tcp(address.map_err(|_| NbdPlaceError)?))
+    }
 }
 
 /// Why a segment cannot be lent.
@@ -208,7 +250,7 @@ pub(super) fn serve(
         return Err(SpaceError::Tls { file });
     }
     let server = config.map.servers()[position].clone();
-    let address = address_of(&server, node_config.insecure)?;
+    let address = address_of(&server, &server.address, node_config.insecure)?;
     let socket = flags.socket.clone();
     let socket = socket.unwrap_or_else(|| socket_of(&config.map, server.name.as_str()));
     let made = match config.durability {
@@ -223,15 +265,28 @@ pub(super) fn serve(
         }
     };
     let incarnation = made.incarnation;
-    let door = |place| Door {
-        place,
-        protocol: Protocol::Native,
-    };
+    let mut doors = vec![
+        Door {
+            place: Place::Tcp(address),
+            protocol: Protocol::Native,
+        },
+        Door {
+            place: Place::Unix(socket),
+            protocol: Protocol::Native,
+        },
+    ];
+    for place in &flags.nbd {
+        doors.push(Door {
+            place: nbd_place(&server, place, node_config.insecure)?,
+            protocol: Protocol::Nbd,
+        });
+    }
     let settings = SpaceServerConfig {
         position,
         incarnation,
         limits: config.limits.clone(),
-        doors: vec![door(Place::Tcp(address)), door(Place::Unix(socket))],
+        doors,
+        errands: flags.errands.clone(),
         data: Some(made.data),
         replica: made.replica,
         log: config.log.clone(),
@@ -268,13 +323,25 @@ fn position_of(map: &SpaceMap, flags: &SpaceFlags) -> Result<usize, SpaceError> 
         })
 }
 
-fn address_of(server: &Server, insecure: bool) -> Result<SocketAddr, SpaceError> {
+fn nbd_place(server: &Server, place: &NbdPlace, insecure: bool) -> Result<Place, SpaceError> {
+    Ok(match place {
+        NbdPlace::Tcp(address) => Place::Tcp(address_of(server, address, insecure)?),
+        NbdPlace::Unix(path) => Place::Unix(path.clone()),
+    })
+}
+
+/// The address of a host that `server` listens at.
+fn address_of(
+    server: &Server,
+    address: &ServerAddress,
+    insecure: bool,
+) -> Result<SocketAddr, SpaceError> {
     let refused = |source| SpaceError::Address {
         name: server.name.clone(),
-        address: server.address.to_string().into(),
+        address: address.to_string().into(),
         source,
     };
-    let place = (server.address.host.as_str(), server.address.port);
+    let place = (address.host.as_str(), address.port);
     let mut found = place
         .to_socket_addrs()
         .map_err(|error| refused(Some(error)))?;

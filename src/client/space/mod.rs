@@ -60,6 +60,7 @@
 mod batch;
 mod drive;
 mod error;
+mod gateway;
 mod lane;
 mod local;
 mod operations;
@@ -77,6 +78,7 @@ pub use drive::Wanted;
 pub use error::{
     BatchError, Failure, PartError, PartsError, ReachError, ReplyError, SpaceError, Unanswered,
 };
+pub use gateway::Gateway;
 pub use operations::Ticket;
 pub use submit::Answer;
 

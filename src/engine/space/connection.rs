@@ -55,6 +55,8 @@ enum Next {
     Needs(usize),
     /// Others first.
     Turn,
+    /// Something has to be completed.
+    Waits,
     Farewell,
     Broken(String),
 }
@@ -72,6 +74,8 @@ fn take_all(
         }
         match speaks.take(&input[at..], this, out) {
             Ok(Taken::Bytes(count)) => at += count,
+            Ok(Taken::Turn(count)) => return (at + count, Next::Turn),
+            Ok(Taken::Waits(count)) => return (at + count, Next::Waits),
             Ok(Taken::Needs(count)) => return (at, Next::Needs(count)),
             Ok(Taken::Farewell) => return (at, Next::Farewell),
             Err(reason) => return (at, Next::Broken(reason)),
@@ -98,12 +102,36 @@ impl Loop {
             leaving: false,
             deadline: None,
         });
+        if let Some(connection) = self.connections.get_mut(key) {
+            connection.speaks.placed(key);
+        }
         self.half_open.push_back(key);
         self.set_deadline(
             key,
             Some(Duration::from_millis(limits::HANDSHAKE_DEADLINE_MS)),
         );
-        self.receive_next(key, 0);
+        // Some protocols have the server speak first.
+        self.go_on(key);
+    }
+
+    /// Gives what came back from other servers to who waits for it.
+    pub(super) fn errands_done(&mut self) {
+        while let Some(done) = self.core.nbd.next_done() {
+            let key = Key::from_bits(done.connection);
+            let Some(connection) = self.connections.get_mut(key) else {
+                continue;
+            };
+            if connection.out.waiting() == 0 {
+                connection.out = std::mem::take(&mut self.scratch);
+            }
+            connection
+                .speaks
+                .completed(&done, &self.core, &mut connection.out);
+            self.go_on(key);
+        }
+        for key in self.core.nbd.take_waiting() {
+            self.go_on(key);
+        }
     }
 
     /// Makes room for a new connection: of those that have said nothing yet, the one that
@@ -148,7 +176,6 @@ impl Loop {
             return;
         };
         connection.received = Some(buf);
-        self.eager.spoke(key);
         match completion.result {
             Ok(0) => return self.close(key, "the other side closed it"),
             Ok(_) => {}
@@ -210,6 +237,8 @@ impl Loop {
                 }
                 return self.watch(key);
             }
+            // Nor here: what it waits for makes it go on.
+            Next::Waits => return self.watch(key),
             Next::Farewell => {
                 self.leave(key);
                 0

@@ -6,6 +6,7 @@ use std::sync::atomic::Ordering;
 use super::SpaceServerConfig;
 use super::live::{Figures, SpaceWatch};
 use super::log::Log;
+use super::nbd::Nbd;
 use crate::checksum::Digest;
 use crate::space::execute::Executor;
 use crate::space::frame::{Incarnation, Reply, Request, Status};
@@ -38,6 +39,8 @@ pub(crate) struct Core {
     /// Connections that ended for what they sent.
     pub(crate) broken: u64,
     pub(crate) stopping: bool,
+    /// What its NBD connections share.
+    pub(crate) nbd: Nbd,
     can_be_mapped: bool,
 }
 
@@ -46,6 +49,7 @@ impl Core {
         config: &SpaceServerConfig,
         executor: Executor,
         memory: Box<dyn Memory + Send>,
+        nbd: Nbd,
     ) -> Self {
         let map = &config.map;
         let card = Card {
@@ -76,6 +80,7 @@ impl Core {
             turned_away: 0,
             broken: 0,
             stopping: false,
+            nbd,
             can_be_mapped: config.data.is_some(),
         }
     }

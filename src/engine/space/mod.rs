@@ -21,10 +21,11 @@
 mod commands;
 mod connection;
 mod core;
-mod eager;
+mod errands;
 mod live;
 mod log;
 mod native;
+mod nbd;
 mod outbox;
 mod run;
 mod safety;
@@ -42,8 +43,10 @@ use std::time::Duration;
 
 use self::core::Core;
 use commands::{Command, Commands};
+pub use errands::{Done, Errand, Errands, What};
 pub use live::SpaceWatch;
 use log::Log;
+use nbd::Nbd;
 use run::{Loop, OpenDoor};
 use safety::Safety;
 pub use safety::{MakeSafe, Replica};
@@ -101,6 +104,9 @@ pub struct SpaceServerConfig {
     /// The segment's memory, open for reading only, for clients on this host to map; none
     /// if they are not to.
     pub data: Option<OwnedFd>,
+    /// The way to the other servers of the space, for NBD clients that are served here;
+    /// without it they only get what lies here.
+    pub errands: Option<Arc<Errands>>,
     /// How changes become safe, if replies wait for that.
     pub replica: Option<Replica>,
     /// The log of operations, if there is to be one.
@@ -194,7 +200,11 @@ impl SpaceServer {
             let data = data.try_clone().map_err(SpaceServerError::Thread)?;
             descriptors = vec![Arc::new(data), stripes.descriptor()];
         }
-        let mut core = Core::new(&config, Executor::new(Some(stripes)), memory);
+        let errands = config.errands.clone();
+        let holes = descriptors.first().map(|data| data.try_clone()).transpose();
+        let holes = holes.map_err(SpaceServerError::Thread)?;
+        let nbd = Nbd::new(&config.map, config.position, errands, holes);
+        let mut core = Core::new(&config, Executor::new(Some(stripes)), memory, nbd);
         let watch = core.watch().clone();
         if let Some(log) = &config.log {
             let figures = Arc::clone(&watch.figures);

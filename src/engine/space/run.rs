@@ -13,12 +13,11 @@ use std::time::{Duration, Instant};
 use super::commands::{Command, Commands};
 use super::connection::Connection;
 use super::core::Core;
-use super::eager::Eager;
+use super::errands::Errands;
 use super::outbox::Outbox;
 use super::safety::Safety;
 use super::speaks::Protocol;
 use crate::engine::keys::{Key, Keyed};
-use crate::limits;
 use crate::sys::SysError;
 use crate::sys::buffer::Buffer;
 use crate::sys::futex::Lifeline;
@@ -36,6 +35,7 @@ const DRAIN: Duration = Duration::from_millis(500);
 pub(super) enum Token {
     Door(u32),
     Bell,
+    Errands,
     Recv(Key),
     Room(Key),
 }
@@ -47,6 +47,7 @@ impl Token {
             Self::Bell => (1, 0),
             Self::Recv(key) => (2, key.to_bits()),
             Self::Room(key) => (3, key.to_bits()),
+            Self::Errands => (4, 0),
         };
         kind << Key::BITS | rest
     }
@@ -58,6 +59,7 @@ impl Token {
             1 => Self::Bell,
             2 => Self::Recv(Key::from_bits(rest)),
             3 => Self::Room(Key::from_bits(rest)),
+            4 => Self::Errands,
             _ => return None,
         })
     }
@@ -96,8 +98,9 @@ pub(super) struct Loop {
     pub(super) descriptors: Vec<Arc<OwnedFd>>,
     commands: Commands,
     bell: Arc<OwnedFd>,
+    /// What other servers were asked for, and the bell of its answers.
+    errands: Option<(Arc<Errands>, Arc<OwnedFd>)>,
     ends_at: Option<Instant>,
-    pub(super) eager: Eager,
     /// Brings changes to a replica, where replies wait for that.
     pub(super) safety: Option<Safety>,
     _life: Option<Lifeline>,
@@ -113,7 +116,13 @@ impl Loop {
     ) -> Result<Self, SysError> {
         let stripes = core.executor.stripes();
         let life = stripes.map(|stripes| stripes.live()).transpose()?;
+        let errands = core.nbd.errands().map(|errands| {
+            let bell = errands.done_bell().try_clone_fd()?;
+            Ok::<_, SysError>((Arc::clone(errands), Arc::new(bell)))
+        });
+        let errands = errands.transpose()?;
         let mut this = Self {
+            errands,
             safe: if core.card.replicated { 0 } else { u64::MAX },
             core,
             ring: Ring::new(RING_ENTRIES)?,
@@ -130,11 +139,11 @@ impl Loop {
             bell: Arc::new(commands.bell().try_clone_fd()?),
             commands,
             ends_at: None,
-            eager: Eager::default(),
             safety,
             _life: life,
         };
         this.await_bell()?;
+        this.await_errands()?;
         this.open_doors();
         Ok(this)
     }
@@ -145,6 +154,17 @@ impl Loop {
             writable: false,
         };
         self.ring.submit(Token::Bell.to_bits(), op)
+    }
+
+    fn await_errands(&mut self) -> Result<(), SysError> {
+        let Some((_, bell)) = &self.errands else {
+            return Ok(());
+        };
+        let op = Op::Poll {
+            fd: Arc::clone(bell),
+            writable: false,
+        };
+        self.ring.submit(Token::Errands.to_bits(), op)
     }
 
     fn open_doors(&mut self) {
@@ -163,9 +183,6 @@ impl Loop {
         let mut tick = Instant::now();
         loop {
             let wait = self.wait(tick);
-            if wait != Some(Duration::ZERO) && self.eager.is_worth_it() {
-                self.look_out()?;
-            }
             self.ring.enter(wait)?;
             while let Some(completion) = self.ring.next() {
                 self.dispatch(completion)?;
@@ -191,21 +208,6 @@ impl Loop {
                 }
             }
         }
-    }
-
-    /// Waits awake for a moment.
-    fn look_out(&mut self) -> Result<(), SysError> {
-        self.ring.enter(Some(Duration::ZERO))?;
-        let until = Instant::now() + Duration::from_micros(limits::SPACE_SPIN_US);
-        let mut found = self.ring.has_work();
-        while !found && Instant::now() < until {
-            for _ in 0..8 {
-                std::hint::spin_loop();
-            }
-            found = self.ring.has_work();
-        }
-        self.eager.looked(found);
-        Ok(())
     }
 
     fn needs_ticks(&self) -> bool {
@@ -247,6 +249,13 @@ impl Loop {
                     self.obey(command);
                 }
                 self.await_bell()?;
+            }
+            Some(Token::Errands) => {
+                if let Some((errands, _)) = &self.errands {
+                    errands.done_bell().drain();
+                }
+                self.errands_done();
+                self.await_errands()?;
             }
             None => {}
         }

@@ -1,14 +1,19 @@
 //! What a connection speaks: bytes in, bytes out.
 
 use super::core::Core;
+use super::errands::Done;
 use super::native::Native;
+use super::nbd::Connected;
 use super::outbox::Outbox;
+use crate::engine::keys::Key;
 
 /// Which protocol is spoken behind a listening socket.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Protocol {
     /// That of [`crate::space::frame`].
     Native,
+    /// That of [`crate::nbd`].
+    Nbd,
 }
 
 /// What was taken from the front of the bytes received.
@@ -16,6 +21,10 @@ pub enum Protocol {
 pub(crate) enum Taken {
     /// So many bytes; more may be taken of what follows.
     Bytes(usize),
+    /// So many bytes; others are to have their turn before more is taken.
+    Turn(usize),
+    /// So many bytes; no more is taken before something of it is completed.
+    Waits(usize),
     /// Nothing: what stands there is whole with that many bytes.
     Needs(usize),
     /// Nothing more ever: the connection ends once what was answered has gone.
@@ -28,12 +37,30 @@ pub(crate) type Broken = String;
 /// The protocol of one connection, with its state.
 pub(crate) enum Speaks {
     Native(Native),
+    Nbd(Connected),
 }
 
 impl Speaks {
     pub(super) fn new(protocol: &Protocol, is_local: bool) -> Self {
         match protocol {
             Protocol::Native => Self::Native(Native::new(is_local)),
+            Protocol::Nbd => Self::Nbd(Connected::new()),
+        }
+    }
+
+    /// The name of its connection.
+    pub(super) fn placed(&mut self, key: Key) {
+        match self {
+            Self::Native(_) => {}
+            Self::Nbd(nbd) => nbd.placed(key),
+        }
+    }
+
+    /// Something that it waited for is done.
+    pub(super) fn completed(&mut self, done: &Done, core: &Core, out: &mut Outbox) {
+        match self {
+            Self::Native(_) => {}
+            Self::Nbd(nbd) => nbd.completed(done, core, out),
         }
     }
 
@@ -47,6 +74,7 @@ impl Speaks {
     ) -> Result<Taken, Broken> {
         match self {
             Self::Native(native) => native.take(input, core, out),
+            Self::Nbd(nbd) => nbd.take(input, core, out),
         }
     }
 
@@ -54,6 +82,7 @@ impl Speaks {
     pub(super) fn is_greeted(&self) -> bool {
         match self {
             Self::Native(native) => native.is_greeted(),
+            Self::Nbd(nbd) => nbd.is_greeted(),
         }
     }
 
@@ -62,6 +91,7 @@ impl Speaks {
     pub(super) fn not_acknowledged(&self, reply: &mut [u8]) -> bool {
         match self {
             Self::Native(_) => Native::not_acknowledged(reply),
+            Self::Nbd(_) => Connected::not_acknowledged(reply),
         }
     }
 
@@ -69,6 +99,7 @@ impl Speaks {
     pub(super) fn ended(&self, core: &mut Core) {
         match self {
             Self::Native(native) => native.ended(core),
+            Self::Nbd(nbd) => nbd.ended(core),
         }
     }
 }

@@ -43,6 +43,7 @@ fn serve(limits: SpaceLimits) -> Served {
             door(Place::Unix(folder.path().join("space.sock"))),
         ],
         data: None,
+        errands: None,
         replica: None,
         log: None,
     };

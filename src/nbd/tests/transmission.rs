@@ -378,10 +378,12 @@ proptest! {
     fn requests_at_once_get_one_reply_each(
         all in proptest::collection::vec(asked(), 1..40),
         structured: bool,
+        busy: bool,
         pick: usize,
     ) {
         let mut client = Client::connected("all", structured);
         client.memory.later = true;
+        client.memory.busy = busy;
         let mut sent = Vec::new();
         let mut reads = BTreeMap::new();
         for (cookie, asked) in all.iter().enumerate() {

@@ -6,6 +6,7 @@ mod durability;
 mod hostile;
 mod lives;
 mod mapped;
+mod nbd;
 pub(crate) mod servers;
 mod watched;
 pub(crate) mod wire;

@@ -1,0 +1,369 @@
+//! One connection that speaks NBD, with what its export consists of: this server's segment,
+//! worked on at once, and other servers', asked by an [`Errands`] queue.
+//!
+//! ```text
+//! socket --> nbd::Session --> unit in this segment --> executor ---------> reply
+//!                        \--> any other unit --> Errands --> gateway's thread
+//!                                   reply <-- completed <-- bell <--'
+//! ```
+//! I1: units with the gateway, and their bytes, are bounded over all connections; beyond it
+//!     a session waits and is asked again at the next completion.
+
+use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+
+use super::core::Core;
+use super::errands::{Done, Errand, Errands, What};
+use super::outbox::Outbox;
+use super::speaks::{Broken, Taken};
+use crate::engine::keys::Key;
+use crate::limits::{MAX_NBD_CLIENTS, MAX_NBD_ERRANDS, NBD_STAGED_BY_ALL};
+use crate::nbd::{Answer, Backing, Export, Exports, Extent, Failure, Next, Session, Unit, Zeroing};
+use crate::space::SpaceMap;
+use crate::space::frame::{Operation, Request, Status};
+use crate::sys::memfd;
+use crate::units::checked_range;
+
+/// A simple reply without an error, which is what a held reply to a change is.
+const DONE: [u8; 8] = [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0];
+/// EIO in its place.
+const EIO: [u8; 4] = [0, 0, 0, 5];
+
+/// What all NBD connections of a server share.
+pub(crate) struct Nbd {
+    exports: Arc<Exports>,
+    errands: Option<Arc<Errands>>,
+    /// First address of this server's segment.
+    start: u64,
+    /// The segment's memory, to ask for its holes.
+    data: Option<OwnedFd>,
+    clients: u64,
+    /// Connections so far.
+    serial: u64,
+    /// Units with the gateway, and their bytes.
+    out: (u64, u64),
+    /// Connections that wait for any completion.
+    waiting: BTreeSet<Key>,
+}
+
+/// The exports of the server at `position`; with a way to the others all of theirs too.
+fn exports_of(map: &SpaceMap, position: usize, elsewhere: bool) -> Vec<Export> {
+    let segment = map.segment_size();
+    let mut exports = Vec::new();
+    if elsewhere || map.servers().len() == 1 {
+        exports.push(Export {
+            name: "all".into(),
+            description: "the whole space".into(),
+            base: 0,
+            size: map.size(),
+            segment,
+            read_only: false,
+        });
+    }
+    for (at, server) in map.servers().iter().enumerate() {
+        if elsewhere || at == position {
+            exports.push(Export {
+                name: format!("server-{at}").into(),
+                description: format!("the segment of server {}", server.name).into(),
+                base: map.addresses(at).start,
+                size: segment,
+                segment,
+                read_only: false,
+            });
+        }
+    }
+    exports
+}
+
+impl Nbd {
+    pub(super) fn new(
+        map: &SpaceMap,
+        position: usize,
+        errands: Option<Arc<Errands>>,
+        data: Option<OwnedFd>,
+    ) -> Self {
+        let exports = Exports::new(exports_of(map, position, errands.is_some()));
+        Self {
+            exports: Arc::new(exports.expect("a map has segments, and each its own number")),
+            errands,
+            start: map.addresses(position).start,
+            data,
+            clients: 0,
+            serial: 0,
+            out: (0, 0),
+            waiting: BTreeSet::new(),
+        }
+    }
+
+    /// The way to other servers.
+    pub(super) fn errands(&self) -> Option<&Arc<Errands>> {
+        self.errands.as_ref()
+    }
+
+    /// The next unit that came back from the gateway.
+    pub(super) fn next_done(&mut self) -> Option<Done> {
+        let done = self.errands.as_ref()?.take_done()?;
+        let (units, bytes) = self.out;
+        self.out = (units - 1, bytes - u64::from(done.unit.len));
+        Some(done)
+    }
+
+    /// Connections that are to be asked again.
+    pub(super) fn take_waiting(&mut self) -> BTreeSet<Key> {
+        std::mem::take(&mut self.waiting)
+    }
+}
+
+/// The state of one connection.
+pub(crate) struct Connected {
+    session: Option<Session>,
+    key: Option<Key>,
+    serial: u64,
+    counted: bool,
+}
+
+impl Connected {
+    pub(super) fn new() -> Self {
+        Self {
+            session: None,
+            key: None,
+            serial: 0,
+            counted: false,
+        }
+    }
+
+    /// The connection's name in completions.
+    pub(super) fn placed(&mut self, key: Key) {
+        self.key = Some(key);
+    }
+
+    pub(super) fn is_greeted(&self) -> bool {
+        let session = self.session.as_ref();
+        session.is_some_and(|session| session.export().is_some())
+    }
+
+    pub(super) fn ended(&self, core: &mut Core) {
+        if self.counted {
+            core.nbd.clients -= 1;
+        }
+        if let Some(key) = self.key {
+            core.nbd.waiting.remove(&key);
+        }
+    }
+
+    pub(super) fn take(
+        &mut self,
+        input: &[u8],
+        core: &mut Core,
+        out: &mut Outbox,
+    ) -> Result<Taken, Broken> {
+        let Some(key) = self.key else {
+            return Ok(Taken::Farewell);
+        };
+        if self.session.is_none() {
+            if core.nbd.clients >= MAX_NBD_CLIENTS || core.stopping {
+                core.turned_away += 1;
+                return Ok(Taken::Farewell);
+            }
+            core.nbd.clients += 1;
+            core.nbd.serial += 1;
+            self.counted = true;
+            self.serial = core.nbd.serial;
+        }
+        let exports = &core.nbd.exports;
+        let session = self
+            .session
+            .get_or_insert_with(|| Session::new(Arc::clone(exports)));
+        let from = out.bytes().len();
+        let mut segment = Segment {
+            core,
+            key,
+            serial: self.serial,
+        };
+        let advanced = session.advance(input, out.bytes(), &mut segment);
+        if out.bytes().len() > from {
+            out.reply(from, core.barrier());
+        }
+        Ok(match advanced.next {
+            Next::More => Taken::Bytes(advanced.consumed),
+            Next::Turn => Taken::Turn(advanced.consumed),
+            Next::Input(needs) if advanced.consumed == 0 => Taken::Needs(needs),
+            Next::Input(_) => Taken::Bytes(advanced.consumed),
+            Next::Completion => {
+                core.nbd.waiting.insert(key);
+                Taken::Waits(advanced.consumed)
+            }
+            Next::Close(None) => Taken::Farewell,
+            Next::Close(Some(violation)) => return Err(violation.to_string()),
+        })
+    }
+
+    /// A unit came back from the gateway.
+    pub(super) fn completed(&mut self, done: &Done, core: &Core, out: &mut Outbox) {
+        let Some(session) = &mut self.session else {
+            return;
+        };
+        let from = out.bytes().len();
+        let went = done.went.as_deref().map_err(|failure| *failure);
+        session.completed(done.unit, went, out.bytes());
+        if out.bytes().len() > from {
+            out.reply(from, core.barrier());
+        }
+    }
+
+    /// NBD has no reply for a change that was made and may be lost: it is an error. False
+    /// if it is none already, or a read.
+    pub(super) fn not_acknowledged(reply: &mut [u8]) -> bool {
+        let promised = reply.len() == 16 && reply.starts_with(&DONE);
+        if promised {
+            reply[4..8].copy_from_slice(&EIO);
+        }
+        promised
+    }
+}
+
+/// The memory of the space as one connection has it.
+struct Segment<'a> {
+    core: &'a mut Core,
+    key: Key,
+    serial: u64,
+}
+
+impl Segment<'_> {
+    /// Offset in this server's segment, if the unit lies in it.
+    fn here(&self, address: u64, len: u64) -> Option<u64> {
+        let offset = address.checked_sub(self.core.nbd.start)?;
+        checked_range(offset, len, self.core.card.segment_size).ok()?;
+        Some(offset)
+    }
+
+    fn execute(
+        &mut self,
+        operation: Operation,
+        (offset, len): (u64, u32),
+        body: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Answer {
+        let request = Request {
+            id: 0,
+            epoch: 0,
+            operation,
+            offset,
+            len,
+        };
+        if self.core.stopping {
+            return Answer::Failed(Failure::Stopping);
+        }
+        let status = self.core.execute(&request, body, out).status;
+        self.core.record(self.serial.into(), &request, status);
+        match status {
+            Status::Done => Answer::Done,
+            _ => Answer::Failed(Failure::Io),
+        }
+    }
+
+    fn elsewhere(&mut self, unit: Unit, what: impl FnOnce() -> What) -> Answer {
+        let nbd = &mut self.core.nbd;
+        let Some(errands) = &nbd.errands else {
+            return Answer::Failed(Failure::Invalid);
+        };
+        let (units, bytes) = nbd.out;
+        let staged = bytes + u64::from(unit.len);
+        if units >= MAX_NBD_ERRANDS || (units > 0 && staged > NBD_STAGED_BY_ALL) {
+            return Answer::Busy;
+        }
+        let errand = Errand {
+            connection: self.key.to_bits(),
+            serial: self.serial,
+            unit,
+            what: what(),
+        };
+        if !errands.send(errand) {
+            return Answer::Busy;
+        }
+        nbd.out = (units + 1, staged);
+        Answer::Later
+    }
+
+    /// Data in `offset .. offset + len` of the segment, from the first extent at or behind
+    /// `offset` on; all of it where holes are not told.
+    fn next_data(&self, offset: u64, len: u64) -> (u64, u64) {
+        let end = offset + len;
+        let found = match &self.core.nbd.data {
+            Some(fd) => memfd::next_data(fd, offset),
+            None => return (offset, end),
+        };
+        match found {
+            Ok(Some(data)) => (data.start.clamp(offset, end), data.end.clamp(offset, end)),
+            Ok(None) => (end, end),
+            Err(_) => (offset, end),
+        }
+    }
+}
+
+impl Backing for Segment<'_> {
+    fn read(&mut self, unit: Unit, out: &mut Vec<u8>) -> Answer {
+        match self.here(unit.address, unit.len.into()) {
+            Some(offset) => self.execute(Operation::Read, (offset, unit.len), &[], out),
+            None => self.elsewhere(unit, || What::Read),
+        }
+    }
+
+    fn write(&mut self, unit: Unit, bytes: &[u8]) -> Answer {
+        match self.here(unit.address, unit.len.into()) {
+            Some(offset) => {
+                let place = (offset, unit.len);
+                self.execute(Operation::Write, place, bytes, &mut Vec::new())
+            }
+            None => self.elsewhere(unit, || What::Write(bytes.to_vec())),
+        }
+    }
+
+    /// The segment cannot be punched, its memory is sealed: what is a hole stays one, what
+    /// is memory becomes zeros.
+    fn zero(&mut self, unit: Unit, how: Zeroing) -> Answer {
+        let Some(offset) = self.here(unit.address, unit.len.into()) else {
+            return self.elsewhere(unit, || What::Zero);
+        };
+        let end = offset + u64::from(unit.len);
+        let mut at = offset;
+        while at < end {
+            let (start, stop) = match how {
+                Zeroing::Allocated => (at, end),
+                Zeroing::Sparse | Zeroing::Discard => self.next_data(at, end - at),
+            };
+            if start < stop {
+                let place = (start, (stop - start) as u32);
+                let answer = self.execute(Operation::Fill, place, &[0], &mut Vec::new());
+                if answer != Answer::Done {
+                    return answer;
+                }
+            }
+            at = stop.max(at + 1);
+        }
+        Answer::Done
+    }
+
+    fn extents(&mut self, address: u64, len: u64, most: usize, into: &mut Vec<Extent>) {
+        let (mut at, end) = (address, address + len);
+        while at < end && into.len() < most {
+            let Some(offset) = self.here(at, 1) else {
+                // Another server's holes are not known.
+                let start = self.core.nbd.start;
+                let until = if at < start { end.min(start) } else { end };
+                let len = until - at;
+                into.push(Extent { len, hole: false });
+                at = until;
+                continue;
+            };
+            let here = (end - at).min(self.core.card.segment_size - offset);
+            let (start, stop) = self.next_data(offset, here);
+            let hole = start > offset;
+            let until = if hole { start } else { stop };
+            let len = (until - offset).max(1);
+            into.push(Extent { len, hole });
+            at += len;
+        }
+    }
+}
