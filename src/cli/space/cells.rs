@@ -7,6 +7,8 @@ use super::super::failure::{FAILED, Reported};
 use super::super::output::{Align, Output, table};
 use super::args::{CasArgs, FetchAddArgs, StatArgs};
 use super::{of, open};
+use crate::units::ByteSize;
+use crate::wire::control::SpaceStatus;
 
 pub(super) fn compare_exchange(args: &CasArgs) -> anyhow::Result<()> {
     let mut space = open(&args.reach)?;
@@ -63,15 +65,29 @@ pub(super) fn stat(args: &StatArgs) -> anyhow::Result<()> {
             .collect();
         out.json(&json!({ "size": space.size(), "servers": servers }))?;
     } else {
-        let mut rows = table([("SERVER", Align::Left), ("SAYS", Align::Left)]);
+        let mut rows = table([
+            ("SERVER", Align::Left),
+            ("LIFE", Align::Left),
+            ("DURABILITY", Align::Left),
+            ("CLIENTS", Align::Right),
+            ("OPERATIONS", Align::Right),
+            ("CHANGES", Align::Right),
+            ("READ", Align::Right),
+            ("WRITTEN", Align::Right),
+            ("REFUSED", Align::Right),
+        ]);
+        let mut silent = Vec::new();
         for (name, said) in &said {
-            let text = match said {
-                Ok(text) => pairs(&read(text)),
-                Err(error) => chain(error),
-            };
-            rows.add_row([name.as_str(), &text]);
+            match said.as_ref().map(|text| serde_json::from_str(text)) {
+                Ok(Ok(status)) => drop(rows.add_row(row(name.as_str(), &status))),
+                Ok(Err(_)) => silent.push(format!("{name}: its answer is of another version")),
+                Err(error) => silent.push(format!("{name}: {}", chain(error))),
+            }
         }
         out.table(&rows)?;
+        for line in silent {
+            out.line(line)?;
+        }
     }
     out.done()?;
     if all_answered {
@@ -91,14 +107,16 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
-/// `clients 3, operations 17, ...`
-fn pairs(value: &Value) -> String {
-    let Value::Object(fields) = value else {
-        return value.to_string();
-    };
-    let field = |(key, value): (&String, &Value)| match value {
-        Value::String(text) => format!("{key} {text}"),
-        other => format!("{key} {other}"),
-    };
-    fields.iter().map(field).collect::<Vec<_>>().join(", ")
+fn row(name: &str, status: &SpaceStatus) -> [String; 9] {
+    [
+        name.to_owned(),
+        status.incarnation.chars().take(8).collect(),
+        status.durability.clone(),
+        status.clients.to_string(),
+        status.operations.to_string(),
+        status.changes.to_string(),
+        ByteSize(status.read_bytes).to_string(),
+        ByteSize(status.written_bytes).to_string(),
+        status.refused.to_string(),
+    ]
 }
