@@ -46,7 +46,7 @@ fn handle(job: Job, frame: &mut Frame<'_>) -> Result<(), HandlerError> {
     } else {
         let words = <[u64]>::mut_from_bytes(frame.data_mut()?);
         let words = words.map_err(|_| HandlerError::new("not a whole number of words"))?;
-        job.touch.apply(words);
+        job.touch.apply_to_all(words);
     }
     work(job.work);
     Ok(())
