@@ -51,58 +51,35 @@ mod two_buffers;
 use harness::{Group, Role};
 
 fn main() -> std::process::ExitCode {
-    let group = |cases, run| Group {
-        cases,
-        only_all: false,
-        run,
-    };
     let extra = |cases, run| Group {
         cases,
         only_all: true,
         run,
     };
     let groups = [
-        group(small::CASES_HOT, small::run_hot),
-        group(small::CASES_ONE_CORE, small::run_one_core),
-        group(small::CASES_SLEEPING, small::run_sleeping),
-        group(small::CASES_FREE, small::run_free),
-        group(large::CASES_HOT, large::run_hot),
-        group(large::CASES_PARKED_ONE_CORE, large::run_parked_one_core),
-        group(large::CASES_PARKED_TWO_CORES, large::run_parked_two_cores),
-        group(adaptive::CASES_ONE_CORE, adaptive::run_one_core),
-        group(adaptive::CASES_TWO_CORES, adaptive::run_two_cores),
-        group(adaptive::CASES_FREE, adaptive::run_free),
-        group(death::CASES, death::run),
-        group(resident::CASES, resident::run),
-        group(resident::CASES_LARGE, resident::run_large),
-        group(large::CASES_IMAGE, large::run_image),
+        Group::of(small::CASES_HOT, small::run_hot),
+        Group::of(small::CASES_ONE_CORE, small::run_one_core),
+        Group::of(small::CASES_SLEEPING, small::run_sleeping),
+        Group::of(small::CASES_FREE, small::run_free),
+        Group::of(large::CASES_HOT, large::run_hot),
+        Group::of(large::CASES_PARKED_ONE_CORE, large::run_parked_one_core),
+        Group::of(large::CASES_PARKED_TWO_CORES, large::run_parked_two_cores),
+        Group::of(adaptive::CASES_ONE_CORE, adaptive::run_one_core),
+        Group::of(adaptive::CASES_TWO_CORES, adaptive::run_two_cores),
+        Group::of(adaptive::CASES_FREE, adaptive::run_free),
+        Group::of(death::CASES, death::run),
+        Group::of(resident::CASES, resident::run),
+        Group::of(resident::CASES_LARGE, resident::run_large),
+        Group::of(large::CASES_IMAGE, large::run_image),
         extra(large::CASES_SIZES, large::run_sizes),
     ];
     let roles = [
-        Role {
-            name: bare::ROLE,
-            run: bare::serve,
-        },
-        Role {
-            name: alone::ROLE,
-            run: alone::serve,
-        },
-        Role {
-            name: inplace::ROLE,
-            run: inplace::serve,
-        },
-        Role {
-            name: two_buffers::ROLE,
-            run: two_buffers::serve,
-        },
-        Role {
-            name: death::ROLE,
-            run: death::serve,
-        },
-        Role {
-            name: death::ROLE_CHANNEL,
-            run: death::serve_channel,
-        },
+        Role::of(bare::ROLE, bare::serve),
+        Role::of(alone::ROLE, alone::serve),
+        Role::of(inplace::ROLE, inplace::serve),
+        Role::of(two_buffers::ROLE, two_buffers::serve),
+        Role::of(death::ROLE, death::serve),
+        Role::of(death::ROLE_CHANNEL, death::serve_channel),
     ];
     harness::run("duplex", &groups, &roles)
 }

@@ -30,28 +30,17 @@ mod throughput;
 use harness::{Group, Role};
 
 fn main() -> std::process::ExitCode {
-    let group = |cases, run| Group {
-        cases,
-        only_all: false,
-        run,
-    };
     let groups = [
-        group(single::CASES_TWO, single::run_two),
-        group(single::CASES_THREE, single::run_three),
-        group(single::CASES_FIVE, single::run_five),
-        group(throughput::CASES, throughput::run),
-        group(contention::CASES, contention::run),
-        group(peers::CASES, peers::run),
+        Group::of(single::CASES_TWO, single::run_two),
+        Group::of(single::CASES_THREE, single::run_three),
+        Group::of(single::CASES_FIVE, single::run_five),
+        Group::of(throughput::CASES, throughput::run),
+        Group::of(contention::CASES, contention::run),
+        Group::of(peers::CASES, peers::run),
     ];
     let roles = [
-        Role {
-            name: bare::ROLE,
-            run: bare::serve,
-        },
-        Role {
-            name: members::ROLE,
-            run: members::serve,
-        },
+        Role::of(bare::ROLE, bare::serve),
+        Role::of(members::ROLE, members::serve),
     ];
     harness::run("ordered", &groups, &roles)
 }

@@ -36,50 +36,27 @@ mod wire;
 use harness::{Group, Role};
 
 fn main() -> std::process::ExitCode {
-    let group = |cases, run| Group {
-        cases,
-        only_all: false,
-        run,
-    };
     let groups = [
-        group(commit::CASES_FREE, commit::run_free),
-        group(commit::CASES_TWO_CORES, commit::run_two_cores),
-        group(bulk::CASES, bulk::run),
+        Group::of(commit::CASES_FREE, commit::run_free),
+        Group::of(commit::CASES_TWO_CORES, commit::run_two_cores),
+        Group::of(bulk::CASES, bulk::run),
         Group {
             cases: bulk::CASES_LARGE,
             only_all: true,
             run: bulk::run_large,
         },
-        group(bulk::CASES_FIRST, bulk::run_first),
-        group(one_percent::CASES, one_percent::run),
-        group(wire::CASES, wire::run),
-        group(neighbour::CASES, neighbour::run),
+        Group::of(bulk::CASES_FIRST, bulk::run_first),
+        Group::of(one_percent::CASES, one_percent::run),
+        Group::of(wire::CASES, wire::run),
+        Group::of(neighbour::CASES, neighbour::run),
     ];
     let roles = [
-        Role {
-            name: nodes::ROLE,
-            run: nodes::serve,
-        },
-        Role {
-            name: watch::ROLE,
-            run: watch::serve,
-        },
-        Role {
-            name: chain::ROLE_SOURCE,
-            run: chain::serve_source,
-        },
-        Role {
-            name: chain::ROLE_REPLICA,
-            run: chain::serve_replica,
-        },
-        Role {
-            name: chain::ROLE_READER,
-            run: chain::serve_reader,
-        },
-        Role {
-            name: sink::ROLE,
-            run: sink::serve,
-        },
+        Role::of(nodes::ROLE, nodes::serve),
+        Role::of(watch::ROLE, watch::serve),
+        Role::of(chain::ROLE_SOURCE, chain::serve_source),
+        Role::of(chain::ROLE_REPLICA, chain::serve_replica),
+        Role::of(chain::ROLE_READER, chain::serve_reader),
+        Role::of(sink::ROLE, sink::serve),
     ];
     harness::run("replicate", &groups, &roles)
 }

@@ -41,28 +41,17 @@ mod work;
 use harness::{Group, Role};
 
 fn main() -> std::process::ExitCode {
-    let group = |cases, run| Group {
-        cases,
-        only_all: false,
-        run,
-    };
     let groups = [
-        group(one::CASES, one::run),
-        group(several::CLIENTS, several::run_clients),
-        group(several::SERVERS, several::run_servers),
-        group(mapped::CASES, mapped::run),
-        group(udp::CASES, udp::run),
-        group(nbd::CASES, nbd::run),
+        Group::of(one::CASES, one::run),
+        Group::of(several::CLIENTS, several::run_clients),
+        Group::of(several::SERVERS, several::run_servers),
+        Group::of(mapped::CASES, mapped::run),
+        Group::of(udp::CASES, udp::run),
+        Group::of(nbd::CASES, nbd::run),
     ];
     let roles = [
-        Role {
-            name: echo::ROLE,
-            run: echo::serve,
-        },
-        Role {
-            name: udp::ROLE,
-            run: udp::serve,
-        },
+        Role::of(echo::ROLE, echo::serve),
+        Role::of(udp::ROLE, udp::serve),
     ];
     harness::run("space", &groups, &roles)
 }

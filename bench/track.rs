@@ -41,25 +41,17 @@ mod tracked;
 use harness::{Group, Role};
 
 fn main() -> std::process::ExitCode {
-    let group = |cases, run| Group {
-        cases,
-        only_all: false,
-        run,
-    };
     let groups = [
-        group(first_store::CASES, first_store::run),
-        group(find::CASES, find::run),
-        group(capture::CASES, capture::run),
-        group(hot::CASES, hot::run),
-        group(throughput::CASES, throughput::run),
-        group(sync::FAULT_CASES, sync::run_faults),
-        group(sync::STALL_CASES, sync::run_stalls),
-        group(sync::CUT_CASES, sync::run_cuts),
-        group(idle::CASES, idle::run),
+        Group::of(first_store::CASES, first_store::run),
+        Group::of(find::CASES, find::run),
+        Group::of(capture::CASES, capture::run),
+        Group::of(hot::CASES, hot::run),
+        Group::of(throughput::CASES, throughput::run),
+        Group::of(sync::FAULT_CASES, sync::run_faults),
+        Group::of(sync::STALL_CASES, sync::run_stalls),
+        Group::of(sync::CUT_CASES, sync::run_cuts),
+        Group::of(idle::CASES, idle::run),
     ];
-    let roles = [Role {
-        name: idle::ROLE,
-        run: idle::serve,
-    }];
+    let roles = [Role::of(idle::ROLE, idle::serve)];
     harness::run("track", &groups, &roles)
 }

@@ -6,7 +6,7 @@ use anyhow::{Context, bail, ensure};
 use uffd_sync::client::{
     ClientOptions, DuplexClient, Frame, HandlerError, InPlaceDuplexServer, ServerOptions,
 };
-use uffd_sync::duplex::{BufferConfig, OpenLimits, Segment, Waiting};
+use uffd_sync::duplex::{BufferConfig, FrameBytes, OpenLimits, Segment, Waiting};
 use uffd_sync::shm::PeerTrust;
 use uffd_sync::units::MIB;
 use zerocopy::{FromBytes, IntoBytes};
@@ -249,29 +249,83 @@ struct Batches {
     pair: Pair,
     size: u64,
     next: u64,
-    sequences: Vec<u64>,
+    form: Form,
+}
+
+/// What a batch travels as.
+enum Form {
+    /// A slot for each request; the numbers of those under way.
+    Slots(Vec<u64>),
+    /// One frame; what goes into it.
+    Frame(Vec<[u8; 8]>),
 }
 
 impl Batches {
+    fn start(placement: Placement, size: u64, form: Form) -> anyhow::Result<Box<dyn Variant>> {
+        let pair = Pair::start(placement, Waiting::Spin, MIB, Job::new(8, Touch::One))?;
+        Ok(Box::new(Self {
+            pair,
+            size,
+            next: 1,
+            form,
+        }))
+    }
+
     fn batch(&mut self) -> anyhow::Result<()> {
         let client = &self.pair.client;
-        self.sequences.clear();
-        for at in 0..self.size {
-            let mut word = [0];
-            fill(&mut word, self.next + at);
-            self.sequences.push(client.submit(word.as_bytes())?);
-        }
-        client.kick();
-        for (at, sequence) in self.sequences.iter().enumerate() {
-            let response = client.receive_for(*sequence, PATIENCE)?;
-            let mut word = [0u64];
-            response.view().read(0, word.as_mut_bytes())?;
-            let seq = self.next + at as u64;
-            ensure!(Touch::One.is_answer(&word, seq), "response {seq} is wrong");
+        match &mut self.form {
+            Form::Slots(sequences) => by_slots(client, self.next, self.size, sequences)?,
+            Form::Frame(words) => by_frame(client, self.next, words)?,
         }
         self.next += self.size;
         Ok(())
     }
+}
+
+fn by_slots(
+    client: &DuplexClient,
+    first: u64,
+    size: u64,
+    sequences: &mut Vec<u64>,
+) -> anyhow::Result<()> {
+    sequences.clear();
+    for seq in first..first + size {
+        sequences.push(client.submit(&request_of(seq))?);
+    }
+    client.kick();
+    for (seq, sequence) in (first..).zip(sequences) {
+        let response = client.receive_for(*sequence, PATIENCE)?;
+        check_answer(seq, response.view())?;
+    }
+    Ok(())
+}
+
+fn by_frame(client: &DuplexClient, first: u64, words: &mut [[u8; 8]]) -> anyhow::Result<()> {
+    for (seq, bytes) in (first..).zip(&mut *words) {
+        *bytes = request_of(seq);
+    }
+    let mut items = [&[][..]; MOST_ITEMS];
+    for (item, bytes) in items.iter_mut().zip(&*words) {
+        *item = bytes;
+    }
+    let answers = client.call_batch(&items[..words.len()], PATIENCE)?;
+    for (seq, answer) in (first..).zip(answers.items()) {
+        check_answer(seq, answer?)?;
+    }
+    Ok(())
+}
+
+fn request_of(seq: u64) -> [u8; 8] {
+    let mut word = [0];
+    fill(&mut word, seq);
+    word[0].to_le_bytes()
+}
+
+fn check_answer(seq: u64, answer: FrameBytes<'_>) -> anyhow::Result<()> {
+    let mut word = [0u64];
+    answer.read(0, word.as_mut_bytes())?;
+    ensure!(Touch::One.is_answer(&word, seq), "response {seq} is wrong");
+    Ok(())
 }
 
 impl Variant for Batches {
@@ -293,75 +347,14 @@ impl Variant for Batches {
     }
 }
 
-/// The same requests as one frame.
-struct Frames {
-    pair: Pair,
-    size: u64,
-    next: u64,
-    words: Vec<[u8; 8]>,
-}
-
-impl Frames {
-    fn batch(&mut self) -> anyhow::Result<()> {
-        for (at, bytes) in (self.next..).zip(&mut self.words) {
-            let mut word = [0];
-            fill(&mut word, at);
-            *bytes = word[0].to_le_bytes();
-        }
-        let mut items = [&[][..]; MOST_ITEMS];
-        for (item, bytes) in items.iter_mut().zip(&self.words) {
-            *item = bytes;
-        }
-        let items = &items[..self.words.len()];
-        let answers = self.pair.client.call_batch(items, PATIENCE)?;
-        for (seq, answer) in (self.next..).zip(answers.items()) {
-            let mut word = [0u64];
-            answer?.read(0, word.as_mut_bytes())?;
-            ensure!(Touch::One.is_answer(&word, seq), "response {seq} is wrong");
-        }
-        self.next += self.size;
-        Ok(())
-    }
-}
-
-impl Variant for Frames {
-    /// As of [`Batches`].
-    fn turn(&mut self, turn: Turn) -> anyhow::Result<Measured> {
-        self.pair.wake()?;
-        let batches = turn.calls / self.size;
-        let started = Instant::now();
-        for _ in 0..batches {
-            self.batch()?;
-        }
-        let together = started.elapsed();
-        self.pair.rest()?;
-        Ok(Measured {
-            per_call_ns: per(together, batches * self.size),
-            latencies: Latencies::new()?,
-            cpu_ns: f64::NAN,
-        })
-    }
-}
-
 /// Frames of `size` requests, at most [`MOST_ITEMS`], with a server that spins.
 pub(crate) fn frames(placement: Placement, size: u64) -> anyhow::Result<Box<dyn Variant>> {
-    let pair = Pair::start(placement, Waiting::Spin, MIB, Job::new(8, Touch::One))?;
     ensure!(size as usize <= MOST_ITEMS, "{size} requests in a frame");
-    Ok(Box::new(Frames {
-        pair,
-        size,
-        next: 1,
-        words: vec![[0; 8]; size as usize],
-    }))
+    let words = vec![[0; 8]; size as usize];
+    Batches::start(placement, size, Form::Frame(words))
 }
 
 /// Batches of `size` requests, with a server that spins.
 pub(crate) fn batches(placement: Placement, size: u64) -> anyhow::Result<Box<dyn Variant>> {
-    let pair = Pair::start(placement, Waiting::Spin, MIB, Job::new(8, Touch::One))?;
-    Ok(Box::new(Batches {
-        pair,
-        size,
-        next: 1,
-        sequences: Vec::new(),
-    }))
+    Batches::start(placement, size, Form::Slots(Vec::new()))
 }

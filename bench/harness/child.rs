@@ -30,6 +30,15 @@ pub(crate) struct Role {
     pub(crate) run: fn(Channel, &[String]) -> anyhow::Result<()>,
 }
 
+impl Role {
+    pub(crate) const fn of(
+        name: &'static str,
+        run: fn(Channel, &[String]) -> anyhow::Result<()>,
+    ) -> Self {
+        Self { name, run }
+    }
+}
+
 /// Runs the role that the arguments name: role, core, what else it takes.
 pub(super) fn serve(roles: &[Role], args: &[String]) -> anyhow::Result<()> {
     // A bench that is killed takes its children along.

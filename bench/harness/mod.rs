@@ -104,6 +104,20 @@ pub(crate) struct Group {
     pub(crate) run: fn(&Options) -> anyhow::Result<Vec<Outcome>>,
 }
 
+impl Group {
+    /// Cases that always run.
+    pub(crate) const fn of(
+        cases: &'static [&'static str],
+        run: fn(&Options) -> anyhow::Result<Vec<Outcome>>,
+    ) -> Self {
+        Self {
+            cases,
+            only_all: false,
+            run,
+        }
+    }
+}
+
 /// The whole program: flags, child roles, groups, report, exit code.
 pub(crate) fn run(bench: &'static str, groups: &[Group], roles: &[Role]) -> std::process::ExitCode {
     let options = Options::parse();

@@ -6,8 +6,7 @@
 //! | 1 | failed |
 //! | 2 | bad input: a flag, a file, a name, a size or a range; nothing changed |
 //! | 3 | a kernel feature or permission is missing; `doctor` names the remedy |
-//! | 4 | an operation on a variable or a space whose outcome nobody knows: it may have been
-//!       carried out |
+//! | 4 | the outcome of an operation on a variable or a space is known to nobody |
 
 use std::fmt;
 use std::io::{self, Write};
@@ -40,6 +39,11 @@ impl fmt::Display for BadInput {
 }
 
 impl std::error::Error for BadInput {}
+
+/// A file that cannot be opened is bad input.
+pub(super) fn bad_file(error: io::Error) -> BadInput {
+    BadInput(error.to_string())
+}
 
 /// A report was printed and says why; there is nothing to add.
 #[derive(Debug)]

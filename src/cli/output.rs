@@ -6,7 +6,13 @@
 use std::io::{self, BufWriter, IsTerminal, StdoutLock, Write};
 
 use comfy_table::{CellAlignment, ContentArrangement, Table};
+use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
+
+use crate::units::MIB;
+
+/// Transfers from this size on show a progress bar, on a terminal.
+const BAR_FROM: u64 = 64 * MIB;
 
 /// Standard output, locked and buffered; flushed by [`Output::done`].
 pub(super) struct Output {
@@ -112,6 +118,20 @@ pub(super) fn about(bytes: u64) -> String {
         unit += 1;
     }
     format!("{value:.2} {}", UNITS[unit])
+}
+
+/// The bar of a transfer of `len` bytes, none for a short one.
+pub(super) fn progress(len: u64) -> ProgressBar {
+    // Standard error; indicatif draws nothing where that is no terminal.
+    if len < BAR_FROM {
+        return ProgressBar::hidden();
+    }
+    let style = "{bar:40} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}";
+    let bar = ProgressBar::new(len);
+    match ProgressStyle::with_template(style) {
+        Ok(style) => bar.with_style(style),
+        Err(_) => bar,
+    }
 }
 
 #[cfg(test)]

@@ -10,13 +10,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::NodeAt;
 use super::args::{RegionCommand, Report};
-use super::failure::BadInput;
-use super::output::{Output, grouped};
+use super::failure::{BadInput, bad_file};
+use super::output::{Output, grouped, progress};
 use super::status::{print_region, regions_table};
 use crate::client::{Node, Reader, Writer};
 use crate::limits;
@@ -28,8 +28,6 @@ use crate::words::{Mode, Publish, RegionName, WriteKind};
 
 /// Bytes moved at once.
 const PIECE: u64 = MIB;
-/// Transfers from this size on show a progress bar, on a terminal.
-const BAR_FROM: u64 = 64 * MIB;
 /// Time for the commit of what was written to a cooperative region.
 const COMMIT_DEADLINE: Duration = Duration::from_secs(30);
 /// Most bytes that `read --json` prints as hexadecimal digits.
@@ -363,24 +361,6 @@ fn buffered(stream: impl Read, room: u64) -> io::Result<(Box<dyn Read>, u64)> {
         .read_to_end(&mut bytes)?;
     let len = bytes.len() as u64;
     Ok((Box::new(io::Cursor::new(bytes)), len))
-}
-
-/// A file that cannot be opened is bad input.
-fn bad_file(error: io::Error) -> BadInput {
-    BadInput(error.to_string())
-}
-
-fn progress(len: u64) -> ProgressBar {
-    // Standard error; indicatif draws nothing where that is no terminal.
-    if len < BAR_FROM {
-        return ProgressBar::hidden();
-    }
-    let style = "{bar:40} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}";
-    let bar = ProgressBar::new(len);
-    match ProgressStyle::with_template(style) {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
-    }
 }
 
 fn read(

@@ -11,12 +11,12 @@ use std::io::{self, Read, Write};
 use std::path::Path;
 
 use anyhow::{Context as _, bail};
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::super::args::Report;
-use super::super::failure::BadInput;
-use super::super::output::{Output, grouped};
+use super::super::failure::{BadInput, bad_file};
+use super::super::output::{Output, grouped, progress};
 use super::args::{FillArgs, ReadArgs, WriteArgs};
 use super::{of, open};
 use crate::client::space::{Answer, Space, Ticket};
@@ -28,8 +28,6 @@ const PIECE: u64 = MIB;
 const AHEAD: usize = 16;
 /// Bytes of one fill.
 const FILL_PIECE: u64 = 64 * MIB;
-/// Transfers from this size on show a progress bar, on a terminal.
-const BAR_FROM: u64 = 64 * MIB;
 /// Most bytes that `read --json` prints as hexadecimal digits.
 const MAX_HEX: u64 = MIB;
 
@@ -292,22 +290,4 @@ fn say(
         out.line(line)?;
     }
     Ok(out.done()?)
-}
-
-/// A file that cannot be opened is bad input.
-fn bad_file(error: io::Error) -> BadInput {
-    BadInput(error.to_string())
-}
-
-fn progress(len: u64) -> ProgressBar {
-    // Standard error; indicatif draws nothing where that is no terminal.
-    if len < BAR_FROM {
-        return ProgressBar::hidden();
-    }
-    let style = "{bar:40} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}";
-    let bar = ProgressBar::new(len);
-    match ProgressStyle::with_template(style) {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
-    }
 }
