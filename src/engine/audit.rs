@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! once a second: each tracked region is given an amount of work
-//!     mapping   is it still registered for write-protection?      all within 8 s
+//!     mapping   are stores to it still seen?                      all within 8 s
 //!     content   does the twin equal what nobody reported?         all within `audit_period`
 //!     watch     do stores wait, and no capture takes them?
 //! every 2 ms, while work is left: one region after the other, 0.2 ms of it
@@ -12,6 +12,7 @@
 //!     `status` shows how long a round really took.
 //! I3. Whatever it finds is counted with its reason, and the region is compared whole.
 
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use super::Engine;
@@ -23,7 +24,7 @@ use super::timers::Timer;
 use super::tracked::Tracked;
 use crate::limits;
 use crate::region::Control;
-use crate::track::{self, Tracker};
+use crate::track;
 use crate::units::PAGE_SIZE;
 use crate::wire::control::AuditStatus;
 use crate::words::{LossKind, Publish};
@@ -51,6 +52,8 @@ pub(super) struct Audit {
     mapping_at: u64,
     mapping_owed: u64,
     mapping_rounds: u64,
+    /// A slice that was found open in parts: which mapping's, and where it begins.
+    suspect: Option<(usize, u64)>,
     watch: Watch,
 }
 
@@ -95,6 +98,7 @@ impl Audit {
             mapping_at: 0,
             mapping_owed: 0,
             mapping_rounds: 0,
+            suspect: None,
             watch: Watch {
                 captures: 0,
                 work: Duration::ZERO,
@@ -154,11 +158,8 @@ impl Engine {
             };
             let waits = !tracked.audit.is_idle();
             if track::Audit::concerns(&tracked.tracker) {
-                // Only the asynchronous kind is told of by the page map.
-                let mapped = match &tracked.tracker {
-                    Tracker::Async { attachments, .. } => attachments.iter().map(|it| it.len).sum(),
-                    _ => 0,
-                };
+                let attachments = tracked.tracker.attachments();
+                let mapped = attachments.iter().map(|it| it.len).sum();
                 tracked.audit.grant(entry.size, mapped, period);
                 if !waits && !tracked.audit.is_idle() {
                     self.audits.push_back(key);
@@ -230,15 +231,15 @@ impl Engine {
         match kind {
             LossKind::Standstill if tracked.publish == Publish::Commit => return,
             LossKind::Standstill => tracked.due = Some(self.now),
-            LossKind::Untracked => {
+            LossKind::Untracked | LossKind::WriterReplaced => {
+                tracked.end_faults(reason.as_str(), self.now);
                 tracked.compare_from_now_on();
-                tracked.lose(reason, self.now);
-            }
-            LossKind::WriterReplaced => {
-                tracked.compare_from_now_on();
-                tracked.lose(reason, self.now);
-                // The program that would have committed is gone, its process is not.
-                tracked.due = Some(self.now);
+                tracked.lose(reason.as_str(), self.now);
+                if kind == LossKind::WriterReplaced {
+                    // The program that would have committed is gone, its process is not.
+                    tracked.due = Some(self.now);
+                }
+                self.refuse_cuts(key, &reason);
             }
             _ => tracked.lose(reason, self.now),
         }
@@ -253,11 +254,15 @@ impl Tracked {
             (self.audit.owed, self.audit.mapping_owed) = (0, 0);
             return None;
         }
-        while self.audit.mapping_owed > 0 {
+        while self.audit.mapping_owed > 0 && self.knows_what_is_open() {
             let finding = self.audit_mapping(now);
             if finding.is_some() || Instant::now() >= end {
                 return finding;
             }
+        }
+        if self.is_lost() && self.due.is_none() {
+            // Not before a commit, whenever that comes.
+            (self.audit.owed, self.audit.mapping_owed) = (0, 0);
         }
         // Between captures, and once there was one, the twin is what was reported.
         while self.audit.owed > 0 && !self.is_capturing() && !self.is_lost() && !self.awaits_cut() {
@@ -267,6 +272,11 @@ impl Tracked {
             }
         }
         None
+    }
+
+    /// In mode `sync`: whether all pages are armed but for those that were stored to.
+    fn knows_what_is_open(&self) -> bool {
+        !self.is_exact() || !(self.is_capturing() || self.is_lost() || self.awaits_cut())
     }
 
     /// Asks about one slice of the mapping: whether it is tracked still, and whether
@@ -283,37 +293,42 @@ impl Tracked {
             return None;
         };
         let is_last = of + 1 >= attachments.len();
-        let pagemap = attachment.pagemap.as_ref()?;
         let from = self.audit.mapping_at;
         let to = attachment.len.min(from + limits::MAPPING_SLICE);
-        let (start, end) = (attachment.base + from, attachment.base + to);
-        let answer = pagemap.tracked_bytes(start, end);
+        let answer = attachment.tracked_bytes(&self.tracker, from..to);
         if !self.audit.watch.stored {
             self.audit.watch.stored = self
                 .tracker
                 .is_stored_to(from..to, &self.twin, &self.source);
         }
-        let mut gone = None;
+        let (mut gone, mut again) = (None, false);
         let len = attachment.len;
+        let place = (of, from);
         let finding = match answer {
             Ok(tracked) if tracked >= to - from => None,
             // The end of the process is noticed by other means, and is no alarm.
             _ if attachment.has_exited() => None,
-            Ok(tracked) => Some(Finding::new(
-                LossKind::Untracked,
-                format!(
-                    "{} of {} bytes at offset {from} of the writer's mapping are not tracked: \
-                     unmapped, moved, mapped over or unregistered",
-                    to - from - tracked,
-                    to - from,
-                ),
-            )),
+            Ok(tracked) => {
+                // Where a cut of everything may arm it again it is looked at once more.
+                again = self.is_exact() && self.audit.suspect != Some(place);
+                let kind = if again {
+                    LossKind::UnseenWrite
+                } else {
+                    LossKind::Untracked
+                };
+                let open = to - from - tracked;
+                Some(Finding::new(kind, open_text(open, from..to)))
+            }
             Err(error) if error.raw_os_error() == Some(ESRCH) => {
                 gone = Some(attachment.slot);
                 None
             }
             Err(error) => Some(Finding::new(LossKind::ScanError, chain(&error))),
         };
+        self.audit.suspect = again.then_some(place);
+        if again {
+            return finding;
+        }
         if let Some(slot) = gone
             && !self.note_memory_gone(slot, now)
         {
@@ -379,10 +394,14 @@ impl Tracked {
     fn stands_still(&mut self, control: &Control, captures: u64, now: Instant) -> Option<Finding> {
         let work = self.work_done();
         let (timer, alive) = (self.publish == Publish::Timer, self.has_source());
+        let asked = control.commit_pending().is_some();
+        // Where the first store rings, nothing is captured while nothing is stored.
+        let stored = self.faults.as_ref().map(|it| it.board().is_dirty());
+        let rests = stored == Some(false) && !asked && !self.is_at_work();
         let pause = Duration::from_micros(self.interval.bounds().1);
         let bound = Duration::from_millis(limits::STANDSTILL_MS).max(3 * pause);
         let watch = &mut self.audit.watch;
-        if captures != watch.captures || work != watch.work || !alive {
+        if captures != watch.captures || work != watch.work || !alive || rests {
             *watch = Watch {
                 captures,
                 work,
@@ -392,8 +411,8 @@ impl Tracked {
             };
             return None;
         }
+        watch.stored |= stored == Some(true);
         let stands = now.duration_since(watch.moved);
-        let asked = control.commit_pending().is_some();
         if watch.told || stands < bound || !(timer || asked || watch.stored) {
             return None;
         }
@@ -406,6 +425,15 @@ impl Tracked {
         };
         Some(Finding::new(LossKind::Standstill, reason))
     }
+}
+
+fn open_text(open: u64, slice: Range<u64>) -> String {
+    format!(
+        "{open} of {} bytes at offset {} of the writer's mapping are not tracked: unmapped, \
+         moved, mapped over or unregistered",
+        slice.end - slice.start,
+        slice.start
+    )
 }
 
 #[cfg(test)]

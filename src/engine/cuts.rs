@@ -13,6 +13,7 @@ use super::timers::Timer;
 use super::{Engine, requests};
 use crate::limits;
 use crate::wire::control::RefusalCode;
+use crate::words::Mode;
 
 /// A connection that asked for a cut.
 #[derive(Clone, Copy, Debug)]
@@ -42,6 +43,17 @@ impl Engine {
                 return Ok(Some(requests::cut_made(epoch)));
             }
             Body::Tracked(tracked) if tracked.is_exact() => tracked.want_cut(),
+            Body::Tracked(tracked) if tracked.mode == Mode::Sync => {
+                let reason = entry.statistics.last_loss.as_deref();
+                return Err(Refusal::new(
+                    RefusalCode::Unsupported,
+                    format!(
+                        "{name} was tracked in mode sync and is compared now, which makes no \
+                         cuts: {}",
+                        reason.unwrap_or("its tracking was lost")
+                    ),
+                ));
+            }
             Body::Tracked(tracked) => {
                 return Err(Refusal::new(
                     RefusalCode::Unsupported,

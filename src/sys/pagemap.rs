@@ -180,6 +180,29 @@ impl Pagemap {
         self.bytes_of(start, end, PAGE_IS_WPALLOWED)
     }
 
+    /// Calls `add` with the parts of `start .. end` whose stores wait, of a mapping that is
+    /// registered in synchronous mode, in rising order. Pages that were never there count
+    /// as such wherever something is mapped, whether or not it is registered.
+    ///
+    /// # Errors
+    /// `ESRCH` if the process is gone, `ENOTTY` on a kernel without the call.
+    pub fn protected(
+        &self,
+        start: u64,
+        end: u64,
+        add: &mut dyn FnMut(Range<u64>),
+    ) -> Result<(), SysError> {
+        let mut at = start;
+        while at < end {
+            let question = ScanArg {
+                category_inverted: PAGE_IS_WRITTEN,
+                ..scan(at, end, PAGE_IS_WRITTEN)
+            };
+            at = self.ask(question, BATCH, add)?;
+        }
+        Ok(())
+    }
+
     /// How many bytes of `start .. end` are mapped by huge pages now.
     ///
     /// # Errors

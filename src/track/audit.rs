@@ -23,7 +23,8 @@ use super::attachment::ESRCH;
 use super::exact::Board;
 use super::{Attachment, Heat, PAGE, Source, TrackError, Tracker, Twin};
 use crate::limits::AUDIT_STEP_PAGES;
-use crate::sys::pagemap::Then;
+use crate::sys::SysError;
+use crate::sys::pagemap::{Pagemap, Then};
 use crate::units::{PAGE_SIZE, page_of, pages_for};
 
 /// What one step found.
@@ -137,6 +138,68 @@ impl Audit {
             source.copy(start, bytes)?;
         }
         Ok(bytes != known)
+    }
+}
+
+impl Attachment {
+    /// How many of `bytes` of the region, whole pages, stores are seen to through this
+    /// mapping. Where it is less, something was unmapped, moved, mapped over or
+    /// unregistered. Not while a cut is asked for, under way or void.
+    ///
+    /// # Errors
+    /// What the kernel refuses: `ESRCH` if the memory is gone.
+    pub fn tracked_bytes(&self, tracker: &Tracker, bytes: Range<u64>) -> Result<u64, SysError> {
+        let len = bytes.end - bytes.start;
+        let Some(pagemap) = &self.pagemap else {
+            return Ok(len);
+        };
+        let (start, end) = (self.base + bytes.start, self.base + bytes.end);
+        match tracker {
+            Tracker::Async { .. } => pagemap.tracked_bytes(start, end),
+            Tracker::Sync { board, .. } => {
+                // Whatever is found once may have been in the middle of a change.
+                let open = self.unexplained(board, pagemap, bytes.clone())?;
+                let open = match open {
+                    0 => 0,
+                    _ => self.unexplained(board, pagemap, bytes)?,
+                };
+                Ok(len - open)
+            }
+            _ => Ok(len),
+        }
+    }
+
+    /// Bytes whose stores do not wait although nothing was stored there since the last cut.
+    fn unexplained(
+        &self,
+        board: &Board,
+        pagemap: &Pagemap,
+        bytes: Range<u64>,
+    ) -> Result<u64, SysError> {
+        let mut open = Vec::new();
+        let mut at = bytes.start;
+        let base = self.base;
+        let (start, end) = (base + bytes.start, base + bytes.end);
+        pagemap.protected(start, end, &mut |range| {
+            let (from, to) = (
+                range.start.saturating_sub(base),
+                range.end.saturating_sub(base),
+            );
+            if from > at {
+                open.push(at..from);
+            }
+            at = at.max(to);
+        })?;
+        if bytes.end > at {
+            open.push(at..bytes.end);
+        }
+        // What was found open comes first, as in `unseen_by`.
+        fence(Ordering::Acquire);
+        let written = board.set(board.made().number + 1);
+        let pages = open
+            .into_iter()
+            .flat_map(|open| page_of(open.start)..pages_for(open.end));
+        Ok(pages.filter(|page| !written.contains(*page)).count() as u64 * PAGE_SIZE)
     }
 }
 

@@ -59,6 +59,14 @@ fn found_by_the_audit(mode: Mode) {
         writers[1].deed(deed).expect("no seal forbids it");
         await_that("the audit finds it", || unseen(&source) > before);
     }
+    // Where the hole is nothing is armed before everything is.
+    writers[1].write(pages(4) + 7, b"into the hole");
+    let rounds = || {
+        let audit = source.region(REGION).and_then(|it| it.audit);
+        audit.map_or(0, |it| it.mapping_rounds)
+    };
+    let enough = rounds() + 3;
+    await_that("the mappings are looked at", || rounds() >= enough);
     let region = source.region(REGION).expect("it is there");
     assert_eq!(region.tracking, Some(mode), "{region:?}");
 }

@@ -47,7 +47,7 @@ fn every_way_is_shipped(mode: Mode, publish: Publish) {
             watched.await_equal();
         }
     }
-    if mode == Mode::Async {
+    if matches!(mode, Mode::Async | Mode::Sync) {
         watched.await_audit();
     }
     watched.expect_no_loss();

@@ -25,6 +25,7 @@ mod cooperative_hostile;
 mod crew;
 mod deeds;
 mod exact;
+mod exact_hostile;
 mod faults;
 mod growth;
 mod hand_over;

@@ -57,6 +57,8 @@ pub(crate) use cutter::Badly;
 pub use cutter::{Armed, Cutter, Ground};
 pub use set::PageSet;
 
+use super::attachment::ESRCH;
+
 /// A cut: its number, and what it is of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Cut {
@@ -71,7 +73,7 @@ pub struct Cut {
 pub enum Lost {
     /// The kernel refused to protect or to lift: `ESRCH` after the process has exited,
     /// `ENOENT` if a part of its mapping was unmapped, moved or unregistered.
-    #[error("the writer's mapping cannot be protected any more (error {errno})")]
+    #[error("the writer's mapping cannot be protected any more: {}", refusal(*errno))]
     Refused {
         /// The error number.
         errno: i32,
@@ -85,6 +87,18 @@ pub enum Lost {
     /// The thread that answers faults has ended.
     #[error("the thread that answers faults has ended")]
     Ended,
+}
+
+/// `include/uapi/asm-generic/errno-base.h`.
+const ENOENT: i32 = 2;
+
+/// What a refusal of the kernel means here.
+fn refusal(errno: i32) -> String {
+    match errno {
+        ENOENT => "a part of it is unmapped, moved, mapped over or unregistered".to_owned(),
+        ESRCH => "the process has ended, or has no memory any more".to_owned(),
+        other => std::io::Error::from_raw_os_error(other).to_string(),
+    }
 }
 
 const FOREIGN: u32 = 1 << 16;
