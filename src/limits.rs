@@ -294,6 +294,8 @@ limits! {
     MAX_FAULT_THREADS = 256, Count;
     /// How long such a thread looks for the next fault before it sleeps; what is beyond it wakes in 20 us.
     FAULT_SPIN_US = 30, Micros;
+    /// Longest time that a writer which lets its region go waits for the node to take notice.
+    FAREWELL_MS = 1_000, Millis;
     /// Time within which a cut that was asked for is answered or refused.
     CUT_DEADLINE_MS = 10_000, Millis;
     /// Time in which `SIGTERM` drains what is pending.

@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::ClientError;
 use super::variables::VariablesLink;
@@ -79,6 +79,28 @@ impl Node {
             other => return Err(ClientError::unexpected("hello", &other)),
         }
         Ok(node)
+    }
+
+    /// Says goodbye and waits until the node has taken notice, for `deadline` at most:
+    /// what this connection stood for is over then.
+    pub(super) fn leave(self, deadline: Duration) {
+        let end = Instant::now() + deadline;
+        if net::end_sending(&self.socket).is_err() {
+            return;
+        }
+        let mut rest = [0; 64];
+        loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let there = net::wait_readable(&[self.socket.as_fd()], Some(left));
+            if left.is_zero() || !there.is_ok_and(|there| there) {
+                return;
+            }
+            // Nothing comes any more but the end.
+            match net::recv_with_fds(&self.socket, &mut rest, 1, Blocking::No) {
+                Ok(received) if received.bytes > 0 => {}
+                _ => return,
+            }
+        }
     }
 
     /// The node's name.

@@ -472,6 +472,9 @@ fn watch(mut node: Node, path: Option<&Path>, mut hand: Hand, stop: &AtomicBool,
         // The node never speaks first: the connection becomes readable at its end.
         let ended = net::wait_readable(&[node.socket(), bell.as_fd()], None);
         if stop.load(Ordering::Acquire) {
+            // Not unmapped before the node looks at it no more: a part that is missing
+            // while it still does counts as a loss, for the other writers too.
+            node.leave(Duration::from_millis(limits::FAREWELL_MS));
             return;
         }
         if let Err(error) = ended {

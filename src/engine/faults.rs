@@ -17,6 +17,8 @@
 //! I4. Writers join and leave by a queue that it takes from before each cut, so one that
 //!     was handed over before a cut is asked for is part of that cut. What it needs of them
 //!     was allocated before, and goes back to be freed elsewhere.
+//! I5. A writer may unmap its mapping once it was said to leave, also in the middle of a
+//!     cut: what is refused for it from then on is no loss.
 //!
 //! Failure: whatever the kernel refuses ends the thread, with the reason on the board;
 //! the region is then compared. But of a cooperative region a process whose memory is
@@ -25,18 +27,17 @@
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::thread::JoinHandle;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_queue::ArrayQueue;
 
 use crate::limits;
 use crate::shm::SharedMemory;
-use crate::sys::SysError;
 use crate::sys::net::wait_readable;
 use crate::sys::process::{EventFd, monotonic_ns};
 use crate::sys::uffd::{Fault, Faults, Uffd};
+use crate::sys::{SysError, memfd};
 use crate::track::TrackError;
 use crate::track::exact::{Armed, Board, Cut, Cutter, Ground, Lost};
 use crate::units::PAGE_SIZE;
@@ -78,6 +79,31 @@ pub(super) struct Writing {
     pub(super) base: u64,
 }
 
+/// A region's bytes, as the thread reads them.
+#[derive(Debug)]
+pub(super) struct Content {
+    /// The mapping here, with its room to grow.
+    pub(super) memory: SharedMemory,
+    /// The file that is mapped.
+    pub(super) fd: OwnedFd,
+}
+
+impl Content {
+    /// Copies a page of a region that has `present` pages for certain. Whether there is
+    /// anything behind them only the file can tell: a writer that claims to have stored
+    /// there may have handed over other memory, and a load from the mapping would kill.
+    fn read_page(&self, page: u64, present: u64, out: &mut [u8; PAGE]) {
+        let start = page * PAGE_SIZE;
+        if page < present {
+            let read = self.memory.read(start, out);
+            debug_assert!(read.is_ok(), "pages of the region are mapped here");
+            return;
+        }
+        let read = memfd::read_at(&self.fd, out, start).unwrap_or(0);
+        out[read..].fill(0);
+    }
+}
+
 /// A writer that comes or goes.
 enum Change {
     Join(Box<Newcomer>),
@@ -100,9 +126,12 @@ struct Traffic {
     left: ArrayQueue<Left>,
     /// Slots whose process was found without memory.
     gone: AtomicU64,
+    /// Of each slot: ends of its writers that the thread has not taken notice of.
+    leaving: [AtomicU32; WRITERS],
 }
 
-/// A running fault thread; ended and joined on drop.
+/// A running fault thread. Ended on drop, which does not wait for that: it may be in a
+/// call that waits for a lock of the writer's address space.
 #[derive(Debug)]
 pub(super) struct FaultThread {
     board: Arc<Board>,
@@ -111,7 +140,6 @@ pub(super) struct FaultThread {
     events_fd: Arc<OwnedFd>,
     stop: Arc<AtomicBool>,
     traffic: Arc<Traffic>,
-    thread: Option<JoinHandle<()>>,
 }
 
 impl std::fmt::Debug for Traffic {
@@ -122,16 +150,15 @@ impl std::fmt::Debug for Traffic {
 
 impl FaultThread {
     /// Starts the thread for all mappings of one region, whose pages are all open.
-    /// `memory` is the region.
     ///
     /// # Errors
     /// [`FaultThreadError`].
     pub(super) fn start(
         board: &Arc<Board>,
-        memory: SharedMemory,
+        content: Content,
         writers: Vec<Writing>,
     ) -> Result<Self, FaultThreadError> {
-        Self::start_with(board, memory, writers, Cutter::cut)
+        Self::start_with(board, content, writers, Cutter::cut)
     }
 
     /// The same for a cooperative region that nobody writes yet.
@@ -140,23 +167,23 @@ impl FaultThread {
     /// [`FaultThreadError`].
     pub(super) fn start_empty(
         board: &Arc<Board>,
-        memory: SharedMemory,
+        content: Content,
     ) -> Result<Self, FaultThreadError> {
-        Self::run_with(board, memory, Vec::new(), true, Cutter::cut)
+        Self::run_with(board, content, Vec::new(), true, Cutter::cut)
     }
 
     fn start_with(
         board: &Arc<Board>,
-        memory: SharedMemory,
+        content: Content,
         writers: Vec<Writing>,
         make: Make,
     ) -> Result<Self, FaultThreadError> {
-        Self::run_with(board, memory, writers, false, make)
+        Self::run_with(board, content, writers, false, make)
     }
 
     fn run_with(
         board: &Arc<Board>,
-        memory: SharedMemory,
+        content: Content,
         writers: Vec<Writing>,
         cooperative: bool,
         make: Make,
@@ -170,6 +197,7 @@ impl FaultThread {
             changes: ArrayQueue::new(CHANGES),
             left: ArrayQueue::new(2 * CHANGES),
             gone: AtomicU64::new(0),
+            leaving: std::array::from_fn(|_| AtomicU32::new(0)),
         });
         let mut places: Vec<Option<Box<Newcomer>>> = Vec::with_capacity(WRITERS);
         for (slot, writing) in writers.into_iter().enumerate().take(WRITERS) {
@@ -184,7 +212,7 @@ impl FaultThread {
         places.resize_with(WRITERS, || None);
         let kernel = Kernel {
             board: Arc::clone(board),
-            memory,
+            content,
             writers: places,
             cooperative,
             turn: 0,
@@ -193,7 +221,7 @@ impl FaultThread {
             traffic: Arc::clone(&traffic),
         };
         let (heard, told) = (Arc::clone(&commands), Arc::clone(&events));
-        let thread = std::thread::Builder::new()
+        std::thread::Builder::new()
             .name("uffd-sync-fault".to_owned())
             .spawn(move || run(kernel, cutter, &heard, &told, make))
             .map_err(FaultThreadError::Thread)?;
@@ -204,7 +232,6 @@ impl FaultThread {
             events_fd,
             stop,
             traffic,
-            thread: Some(thread),
         })
     }
 
@@ -233,6 +260,9 @@ impl FaultThread {
     /// [`FaultThreadError::Busy`].
     pub(super) fn leave(&self, slot: u32) -> Result<(), FaultThreadError> {
         let slot = slot as usize;
+        // SYNC(leaving): comes before the process learns that it may unmap; pairs with the
+        // load in `has_left`, after the kernel's refusal that the unmapping leads to.
+        self.traffic.leaving[slot].fetch_add(1, Ordering::Release);
         self.change(Change::Leave { slot })
     }
 
@@ -284,17 +314,13 @@ impl Drop for FaultThread {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         self.commands.ring();
-        if let Some(thread) = self.thread.take() {
-            // It looks at the flag before each call: this takes one call's time.
-            let _ = thread.join();
-        }
     }
 }
 
 /// The ground that cuts are made on: real mappings.
 struct Kernel {
     board: Arc<Board>,
-    memory: SharedMemory,
+    content: Content,
     /// By slot.
     writers: Vec<Option<Box<Newcomer>>>,
     /// Whether one that is gone is no loss to the others.
@@ -334,8 +360,8 @@ impl Kernel {
         }
     }
 
-    /// Waits for a command, a fault or the end of `timeout`.
-    fn wait(&self, commands: &EventFd, faults: bool, timeout: Option<Duration>) {
+    /// Waits for a command, a fault or the end of `timeout`; whether it was for a fault.
+    fn wait(&self, commands: &EventFd, faults: bool, timeout: Option<Duration>) -> bool {
         let mut fds: [BorrowedFd<'_>; 1 + WRITERS] = [commands.as_fd(); 1 + WRITERS];
         let mut count = 1;
         if faults {
@@ -345,8 +371,17 @@ impl Kernel {
             }
         }
         // A failure shows in the next call on the descriptors themselves.
-        let _ = wait_readable(&fds[..count], timeout);
-        commands.drain();
+        let ready = wait_readable(&fds[..count], timeout).unwrap_or(true);
+        let commanded = commands.drain() > 0;
+        ready && !commanded
+    }
+
+    /// Sees to it that waiting waits, whatever a writer has done to a descriptor that it
+    /// has kept.
+    fn unblock(&self) {
+        for writer in self.writers.iter().flatten() {
+            let _ = writer.source.writing.uffd.unblock();
+        }
     }
 
     /// Takes notice of who came and went; whether the loop is to be told.
@@ -363,6 +398,7 @@ impl Kernel {
                 }
                 Change::Leave { slot } => {
                     cutter.forget(slot);
+                    self.traffic.leaving[slot].fetch_sub(1, Ordering::Relaxed);
                     (self.writers[slot].take(), None)
                 }
             };
@@ -384,6 +420,13 @@ impl Kernel {
         gone
     }
 
+    /// One of several writers was said to leave, and has unmapped its mapping.
+    fn has_left(&self, attachment: usize, lost: Lost) -> bool {
+        // SYNC(leaving): pairs with the addition in `leave`.
+        lost == Lost::Refused { errno: ENOENT }
+            && self.traffic.leaving[attachment].load(Ordering::Acquire) > 0
+    }
+
     fn change_protection(
         &self,
         attachment: usize,
@@ -395,7 +438,9 @@ impl Kernel {
         };
         let (start, len) = writer.source.address(pages);
         match call(&writer.source.writing.uffd, start, len).map_err(refused) {
-            Err(lost) if self.is_gone(attachment, lost) => Ok(()),
+            Err(lost) if self.is_gone(attachment, lost) || self.has_left(attachment, lost) => {
+                Ok(())
+            }
             result => result,
         }
     }
@@ -414,9 +459,8 @@ impl Ground for Kernel {
     }
 
     fn save(&mut self, page: u64, slot: u32) {
-        let start = page * PAGE_SIZE;
-        let read = self.memory.read(start, &mut self.buffer[..]);
-        debug_assert!(read.is_ok(), "pages of the region are mapped here");
+        let present = self.board.present();
+        self.content.read_page(page, present, &mut self.buffer);
         self.board.write_slot(slot, &self.buffer[..]);
     }
 
@@ -441,6 +485,10 @@ impl Ground for Kernel {
             }
             match faults.next() {
                 Some(Fault::Protected { address }) => {
+                    if faults.is_empty() {
+                        // Others come first, however fast this one stores.
+                        self.turn = attachment + 1;
+                    }
                     let page = address.wrapping_sub(writing.base) / PAGE_SIZE;
                     if address < writing.base || page >= self.board.pages() {
                         return Err(Lost::Foreign { event: 0x12 });
@@ -461,6 +509,8 @@ impl Ground for Kernel {
 
 /// The answer of each call once the memory of the process is gone.
 const ESRCH: i32 = nix::libc::ESRCH;
+/// The answer if a part of the mapping is not there or not registered.
+const ENOENT: i32 = nix::libc::ENOENT;
 
 fn refused(error: SysError) -> Lost {
     Lost::Refused {
@@ -479,7 +529,7 @@ fn run(mut kernel: Kernel, mut cutter: Cutter, commands: &EventFd, events: &Even
         board: &board,
         events,
     };
-    board.prepare();
+    board.prepare(|| kernel.check_stop().is_ok());
     let Err(lost) = serve(&mut kernel, &mut cutter, commands, events, make);
     board.set_lost(lost);
 }
@@ -508,6 +558,7 @@ fn serve(
 ) -> Result<std::convert::Infallible, Lost> {
     let spin = Duration::from_micros(limits::FAULT_SPIN_US);
     let mut busy_until = Instant::now();
+    let mut awaited = false;
     loop {
         kernel.check_stop()?;
         // Looked at before who came: whoever was there when it was asked for is part of it.
@@ -537,13 +588,16 @@ fn serve(
         if kernel.traffic.gone.load(Ordering::Relaxed) & !told != 0 {
             events.ring();
         }
+        if std::mem::take(&mut awaited) && answered == 0 {
+            kernel.unblock();
+        }
         if answered > 0 {
             busy_until = Instant::now() + spin;
         } else if Instant::now() < busy_until {
             std::hint::spin_loop();
         } else {
             let pause = cutter.is_starved().then_some(STARVED_PAUSE);
-            kernel.wait(commands, cutter.has_room(), pause);
+            awaited = kernel.wait(commands, cutter.has_room(), pause);
         }
     }
 }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::crew::{Crew, new_doorbell};
-use super::faults::{FaultThread, Writing};
+use super::faults::{Content, FaultThread, Writing};
 use super::hand_over::{Parts, check_mapping, check_mode, check_writer, open_control};
 use super::keys::Key;
 use super::losses::{Losses, kind_of_lost, printable};
@@ -129,7 +129,11 @@ impl Engine {
             board.set_present(pages_for(offer.size));
         }
         let memory = SharedMemory::new(memory);
-        let faults = self.start_faults(&mut tracker, &memory, offer.kind)?;
+        let content = Content {
+            memory: memory.clone(),
+            fd: duplicate(&data)?,
+        };
+        let faults = self.start_faults(&mut tracker, content, offer.kind)?;
         let own_bounds = (offer.interval_min_us, offer.interval_max_us);
         let interval = self.interval_for(offer.mode, own_bounds);
         let twin = match earlier.and_then(|key| self.take_twin(key, offer.size, max_size)) {
@@ -156,7 +160,7 @@ impl Engine {
     fn start_faults(
         &self,
         tracker: &mut Tracker,
-        memory: &SharedMemory,
+        content: Content,
         kind: WriteKind,
     ) -> Result<Option<FaultThread>, Refusal> {
         let Tracker::Sync { attachments, board } = tracker else {
@@ -183,9 +187,9 @@ impl Engine {
             writers.push(Writing { uffd, base });
         }
         let started = match kind {
-            WriteKind::Exclusive => FaultThread::start(board, memory.clone(), writers),
+            WriteKind::Exclusive => FaultThread::start(board, content, writers),
             // Writers join one by one.
-            WriteKind::Cooperative => FaultThread::start_empty(board, memory.clone()),
+            WriteKind::Cooperative => FaultThread::start_empty(board, content),
         };
         started
             .map(Some)

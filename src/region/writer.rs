@@ -554,7 +554,7 @@ impl Region {
         // SYNC(commit_request): publishes what was stored and marked before the commit;
         // pairs with the load in `commit_pending`.
         let requests = control.mem.atomic_u64(COMMIT_REQUEST);
-        let request = requests.fetch_add(1, Ordering::AcqRel) + 1;
+        let request = requests.fetch_add(1, Ordering::AcqRel).wrapping_add(1);
         link.doorbell.ring();
         let answer = control.mem.atomic_u64(ANSWER);
         loop {

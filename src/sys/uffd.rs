@@ -103,6 +103,13 @@ impl Faults {
     }
 }
 
+impl Drop for Faults {
+    /// What nobody took may carry descriptors.
+    fn drop(&mut self) {
+        self.for_each(drop);
+    }
+}
+
 impl Default for Faults {
     fn default() -> Self {
         Self::new()
@@ -206,7 +213,8 @@ impl Uffd {
         Ok((Uffd::wrap(fd), opened_by))
     }
 
-    /// Takes a descriptor that another process passed.
+    /// Takes a descriptor that another process passed. It is nonblocking from now on,
+    /// until that process changes it: the flag is shared with its duplicate.
     ///
     /// # Errors
     /// `EINVAL` if it is not a userfaultfd.
@@ -214,7 +222,26 @@ impl Uffd {
         if kind_of(&fd)?.as_os_str() != "anon_inode:[userfaultfd]" {
             return Err(SysError::os("taking a userfaultfd", libc::EINVAL));
         }
-        Ok(Uffd::wrap(fd))
+        let uffd = Uffd::wrap(fd);
+        uffd.unblock()?;
+        Ok(uffd)
+    }
+
+    /// Makes it nonblocking if a process that has a duplicate made it blocking; whether it
+    /// was. A blocking one counts as broken for `poll(2)`, which then never waits.
+    ///
+    /// # Errors
+    /// Whatever the kernel says.
+    pub fn unblock(&self) -> Result<bool, SysError> {
+        use nix::fcntl::{FcntlArg, OFlag, fcntl};
+        let refused = |e| SysError::new("fcntl of a userfaultfd", e);
+        let flags = fcntl(self, FcntlArg::F_GETFL).map_err(refused)?;
+        let flags = OFlag::from_bits_retain(flags);
+        let is_blocking = !flags.contains(OFlag::O_NONBLOCK);
+        if is_blocking {
+            fcntl(self, FcntlArg::F_SETFL(flags | OFlag::O_NONBLOCK)).map_err(refused)?;
+        }
+        Ok(is_blocking)
     }
 
     fn wrap(fd: OwnedFd) -> Uffd {
@@ -302,23 +329,49 @@ impl Uffd {
 impl Uffd {
     /// Takes the messages that wait, up to a batch, and says how many there are; 0 if
     /// none waits. What was left in `faults` is kept for later: nothing is read then.
+    /// Does not wait, even if a peer has made its descriptor blocking.
     ///
     /// # Errors
     /// Whatever the kernel says.
     pub fn read_faults(&self, faults: &mut Faults) -> Result<usize, SysError> {
         while faults.is_empty() {
-            match nix::unistd::read(self, &mut faults.bytes) {
+            match self.read_now(&mut faults.bytes) {
                 Ok(read) => {
                     faults.next = 0;
                     faults.end = read / MESSAGE * MESSAGE;
                     break;
                 }
-                Err(nix::errno::Errno::EAGAIN) => return Ok(0),
-                Err(nix::errno::Errno::EINTR) => {}
-                Err(e) => return Err(SysError::new("read of a userfaultfd", e)),
+                Err(libc::EAGAIN) => return Ok(0),
+                Err(libc::EINTR) => {}
+                Err(errno) => return Err(SysError::os("read of a userfaultfd", errno)),
             }
         }
         Ok((faults.end - faults.next) / MESSAGE)
+    }
+
+    /// One read that never waits; else the error number.
+    fn read_now(&self, bytes: &mut [u8]) -> Result<usize, i32> {
+        let part = libc::iovec {
+            iov_base: bytes.as_mut_ptr().cast(),
+            iov_len: bytes.len(),
+        };
+        // SAFETY: required: one part of writable bytes that stay where they are during
+        // the call. It is `bytes`, borrowed for longer than that.
+        let read =
+            unsafe { libc::preadv2(self.0.as_raw_fd(), &raw const part, 1, -1, libc::RWF_NOWAIT) };
+        if let Ok(read) = usize::try_from(read) {
+            return Ok(read);
+        }
+        match nix::errno::Errno::last_raw() {
+            // Before Linux 6.10 the flag alone says whether a read waits: it is set again
+            // just before, so only a peer that changes it in that moment is waited for.
+            libc::EOPNOTSUPP => {
+                self.unblock()
+                    .map_err(|error| error.raw_os_error().unwrap_or(libc::EIO))?;
+                nix::unistd::read(self, bytes).map_err(|errno| errno as i32)
+            }
+            errno => Err(errno),
+        }
     }
 
     /// Lets threads that wait for a page of the range try again, without lifting
@@ -373,14 +426,15 @@ fn open_fd() -> Result<(OwnedFd, OpenedBy), SysError> {
         }
         Err(e) => return Err(e),
     }
+    // Before what is had by itself and handles no faults of the kernel.
+    if let Ok(fd) = device(flags) {
+        return Ok((fd, OpenedBy::Device));
+    }
     match system_call(flags | UFFD_USER_MODE_ONLY) {
         Ok(fd) => Ok((fd, OpenedBy::UserModeOnly)),
-        Err(refused) => match device(flags) {
-            Ok(fd) => Ok((fd, OpenedBy::Device)),
-            Err(_) => Err(refused.with_remedy(
-                "allow userfaultfd(2) in the container's seccomp profile, or give read-write access to /dev/userfaultfd",
-            )),
-        },
+        Err(refused) => Err(refused.with_remedy(
+            "allow userfaultfd(2) in the container's seccomp profile, or give read-write access to /dev/userfaultfd",
+        )),
     }
 }
 

@@ -144,3 +144,48 @@ fn foreign_messages_are_told_apart() {
     assert_eq!(faults.next(), Some(missing), "not of write-protection");
     assert_eq!(faults.next(), None);
 }
+
+#[test]
+fn descriptors_in_messages_that_nobody_takes_are_closed() {
+    use std::io::Read;
+    let (mut reader, writer) = std::io::pipe().expect("a pipe");
+    let mut faults = Faults::new();
+    for (at, fd) in [writer.try_clone().expect("dup"), writer]
+        .into_iter()
+        .enumerate()
+    {
+        let message = &mut faults.bytes[at * MESSAGE..(at + 1) * MESSAGE];
+        message[0] = EVENT_FORK;
+        let number = OwnedFd::from(fd).into_raw_fd() as u64;
+        message[8..16].copy_from_slice(&number.to_ne_bytes());
+    }
+    faults.end = 2 * MESSAGE;
+    let fork = Fault::Foreign { event: EVENT_FORK };
+    assert_eq!(faults.next(), Some(fork));
+    drop(faults);
+    let deadline = Some(PATIENCE);
+    assert!(net::wait_readable(&[reader.as_fd()], deadline).expect("poll"));
+    assert_eq!(reader.read(&mut [0; 8]).expect("its end"), 0);
+}
+
+#[test]
+fn reading_never_waits_although_the_descriptor_is_made_blocking() {
+    use nix::fcntl::{FcntlArg, OFlag, fcntl};
+    let Some(armed) = Armed::new() else { return };
+    let uffd = armed.uffd();
+    let flags = OFlag::from_bits_retain(fcntl(uffd, FcntlArg::F_GETFL).expect("open"));
+    let blocking = FcntlArg::F_SETFL(flags - OFlag::O_NONBLOCK);
+    fcntl(uffd, blocking).expect("open");
+    let (told, hears) = std::sync::mpsc::channel();
+    let fd = uffd.try_clone_fd().expect("dup");
+    std::thread::spawn(move || {
+        let uffd = Uffd::wrap(fd);
+        let read = uffd.read_faults(&mut Faults::new());
+        let _ = told.send((read.expect("nothing is there"), uffd.unblock()));
+    });
+    let (read, was_blocking) = hears.recv_timeout(PATIENCE).expect("it waits for ever");
+    assert_eq!(read, 0);
+    // Where reads need the flag it was set by the read.
+    assert!(was_blocking.is_ok());
+    assert!(!uffd.unblock().expect("open"), "the flag is shared");
+}

@@ -12,7 +12,7 @@ use super::*;
 use crate::sys::map::{Access, Mapping};
 use crate::sys::{memfd, net, or_skip};
 use crate::track::exact::Badly;
-use crate::track::{Capture, PreImages, Source as Content, Step, Tracker, Twin, WhenFull};
+use crate::track::{Capture, PreImages, Source as Captured, Step, Tracker, Twin, WhenFull};
 
 const ROLE: &str = "UFFD_SYNC_FAULTS_ROLE";
 const SOCKET: &str = "UFFD_SYNC_FAULTS_SOCKET";
@@ -176,7 +176,7 @@ struct Stage {
     // Children after the thread: they may wait for it, and it ends at once.
     faults: Option<FaultThread>,
     processes: Vec<WritingProcess>,
-    content: Content,
+    content: Captured,
     twin: Twin,
     pre: PreImages,
     tracker: Tracker,
@@ -231,11 +231,15 @@ impl Stage {
             });
         }
         let board = Arc::new(Board::with_slots(size, slots).expect("a board"));
-        let faults = FaultThread::start_with(&board, memory.clone(), writers, make);
+        let read = Content {
+            memory: memory.clone(),
+            fd: region.try_clone().expect("a descriptor"),
+        };
+        let faults = FaultThread::start_with(&board, read, writers, make);
         Some(Stage {
             faults: Some(faults.expect("a thread")),
             processes: children,
-            content: Content::Mapped { memory, fd: region },
+            content: Captured::Mapped { memory, fd: region },
             twin: Twin::new(size).expect("a twin"),
             pre: PreImages::new(size, size),
             tracker: Tracker::Compare {

@@ -364,9 +364,9 @@ impl Board {
         debug_assert!(written.is_ok(), "a slot lies within the pool");
     }
 
-    /// Touches the pool, so that no fault waits for its memory.
-    pub fn prepare(&self) {
-        for slot in 0..self.slots {
+    /// Touches the pool, so that no fault waits for its memory; as long as `go_on` says.
+    pub fn prepare(&self, go_on: impl Fn() -> bool) {
+        for slot in (0..self.slots).take_while(|_| go_on()) {
             self.write_slot(slot, &[0; 8]);
         }
     }
