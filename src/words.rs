@@ -200,7 +200,9 @@ named_words! {
         /// `commit()`. The lowest cost that needs no help from the writer.
         Async = "async",
         /// Stores to protected pages wait for a thread of the engine: every epoch is a
-        /// cut, without help from the writer.
+        /// cut, without help from the writer. Where the process may handle faults of its
+        /// own code only (`doctor` tells), `read(2)` and the like into such a page fail
+        /// with `EFAULT`.
         Sync = "sync",
         /// Marks by the writer only: the smallest cost.
         Manual = "manual",

@@ -313,7 +313,9 @@ fn userfaultfd() -> Tried {
     let (_, opened_by) = Uffd::open(Features::PAGEFAULT_FLAG_WP)?;
     Ok(match opened_by {
         OpenedBy::SystemCall => "by system call, privileged".to_owned(),
-        OpenedBy::UserModeOnly => "by system call, user mode only (enough for async)".to_owned(),
+        OpenedBy::UserModeOnly => {
+            "by system call, user mode only: in mode sync read(2) into armed pages fails".to_owned()
+        }
         OpenedBy::Device => "by /dev/userfaultfd".to_owned(),
     })
 }

@@ -192,12 +192,58 @@ fn an_unprivileged_writer_is_tracked_by_a_privileged_engine() {
     }
 }
 
+/// Whether an ordinary user's userfaultfd tells of faults of the kernel.
+fn everybody_handles_faults_of_the_kernel() -> bool {
+    let sysctl = std::fs::read_to_string("/proc/sys/vm/unprivileged_userfaultfd");
+    let device = std::fs::metadata("/dev/userfaultfd").map(|it| it.permissions().mode());
+    sysctl.is_ok_and(|value| value.trim() == "1") || device.is_ok_and(|mode| mode & 0o6 == 0o6)
+}
+
+#[test]
+fn an_unprivileged_writer_makes_cuts_with_a_privileged_engine() {
+    let mut scene = Unprivileged::new();
+    let created = scene.create(Mode::Sync, Publish::Timer, More::default());
+    assert_eq!(created, CREATED);
+    let follow = [format!("tcp://{}/{REGION}", scene.node.listen())];
+    let follower = NodeProcess::follower(scene.folder.path(), "follower", &follow);
+    for round in 0..3u64 {
+        let at = pages(20 * round) + 4_000;
+        scene.writer.write(at, &[round as u8 + 1; 500]);
+        let at = at as usize;
+        scene.model[at..at + 500].fill(round as u8 + 1);
+        await_content(&follower, REGION, &scene.model);
+        // What the kernel stores into a page that is armed cannot wait for an answer.
+        let path = scene.folder.path().join(format!("taken-{round}"));
+        std::fs::write(&path, [0xAB; 300]).expect("a file");
+        let (way, offset) = (Way::Read, pages(200 + round));
+        let took = scene.writer.deed(Deed::Take { way, offset, path });
+        if everybody_handles_faults_of_the_kernel() {
+            took.expect("the kernel writes");
+            scene.model[offset as usize..offset as usize + 300].fill(0xAB);
+        } else {
+            let refused = took.expect_err("it cannot wait");
+            assert!(refused.contains("Bad address"), "{refused}");
+        }
+        await_content(&follower, REGION, &scene.model);
+        scene.node.connect().cut(REGION).expect("a cut");
+    }
+    let region = scene.node.region(REGION).expect("it is there");
+    assert!(region.cut, "{region:?}");
+    assert_eq!((region.tracking, region.losses), (Some(Mode::Sync), vec![]));
+}
+
 #[test]
 fn a_privileged_writer_and_an_unprivileged_engine() {
     if !is_root() {
         skip("only root can have an engine of another user");
         return;
     }
+    for mode in [Mode::Async, Mode::Sync] {
+        a_privileged_writer_is_followed(mode);
+    }
+}
+
+fn a_privileged_writer_is_followed(mode: Mode) {
     let (folder, copy) = open_folder(Path::new(BINARY));
     let place = folder.path().join("nobody");
     std::fs::create_dir(&place).expect("a folder");
@@ -218,7 +264,7 @@ fn a_privileged_writer_and_an_unprivileged_engine() {
     let mut writer = WriterProcess::start();
     let socket = node.socket().to_owned();
     let (timer, more) = (Publish::Timer, More::default());
-    let created = writer.try_create(&socket, REGION, MIB, Mode::Async, timer, more);
+    let created = writer.try_create(&socket, REGION, MIB, mode, timer, more);
     assert_eq!(created, CREATED);
     let mut model = vec![0; MIB as usize];
     writer.write(5_000, b"by a privileged writer");
@@ -229,7 +275,8 @@ fn a_privileged_writer_and_an_unprivileged_engine() {
     writer.write(90_000, b"again");
     model[90_000..90_005].copy_from_slice(b"again");
     await_content(&follower, REGION, &model);
-    assert_eq!(node.region(REGION).expect("it is there").losses, []);
+    let region = node.region(REGION).expect("it is there");
+    assert_eq!((region.tracking, region.losses), (Some(mode), vec![]));
 }
 
 #[test]
