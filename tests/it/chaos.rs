@@ -31,9 +31,20 @@ struct Day {
 
 #[test]
 fn nothing_is_lost_on_a_bad_day() {
+    a_bad_day(Mode::Async);
+}
+
+#[test]
+fn nothing_is_lost_on_a_bad_day_in_mode_sync() {
+    if super::exact::may_be_exact() {
+        a_bad_day(Mode::Sync);
+    }
+}
+
+fn a_bad_day(mode: Mode) {
     let fresh = u64::from(std::process::id()) << 20;
     let seed = std::env::var("UFFD_SYNC_SEED").map_or(fresh, |seed| seed.parse().expect("a seed"));
-    let pair = Pair::new(SIZE, Mode::Async, Publish::Timer);
+    let pair = Pair::new(SIZE, mode, Publish::Timer);
     let numbers = Numbers::new(seed);
     let mut day = Day {
         pair,
@@ -52,7 +63,7 @@ fn nothing_is_lost_on_a_bad_day() {
     }));
     if let Err(panic) = outcome {
         let happened = day.happened.join(", ");
-        let text = format!("UFFD_SYNC_SEED={seed}: {happened}\n");
+        let text = format!("UFFD_SYNC_SEED={seed} in mode {mode}: {happened}\n");
         let _ = std::io::stderr().write_all(text.as_bytes());
         std::panic::resume_unwind(panic);
     }
@@ -135,7 +146,13 @@ impl Day {
             &self.pair.follower
         };
         node.signal(Signal::SIGSTOP);
-        self.pair.writer.steps_within(Duration::from_millis(200));
+        let spell = Duration::from_millis(200);
+        if source && self.pair.mode == Mode::Sync {
+            // Its stores wait for it.
+            std::thread::sleep(spell);
+        } else {
+            self.pair.writer.steps_within(spell);
+        }
         let node = if source {
             &self.pair.source
         } else {
