@@ -8,6 +8,8 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering::Relaxed;
 
+use zerocopy::FromZeros;
+
 use super::Cut;
 use super::board::Board;
 use super::set::PageSet;
@@ -116,7 +118,7 @@ impl Cutter {
             parked: Vec::with_capacity(limits::MAX_PARKED as usize),
             parked_since: 0,
             stall_ns: stall.as_nanos() as u64,
-            heat: vec![0; pages as usize],
+            heat: u16::new_vec_zeroed(pages as usize).map_err(|_| TrackError::Memory)?,
             hot_pages: 0,
             arming: false,
             skips_hot_pages: true,
