@@ -274,14 +274,6 @@ pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::R
         ("hot pages", dash(region.hot.as_ref().map(hot_text))),
         ("readers", region.readers.to_string()),
     ]))?;
-    if !region.attachments.is_empty() {
-        out.line("")?;
-        out.table(&attachments_table(std::slice::from_ref(region)))?;
-    }
-    if !region.losses.is_empty() {
-        out.line("")?;
-        out.table(&losses_table(std::slice::from_ref(region)))?;
-    }
     if let Some(exact) = &region.exact {
         print_exact(out, exact)?;
     }
@@ -293,6 +285,14 @@ pub(super) fn print_region(out: &mut Output, region: &RegionStatus) -> anyhow::R
             ("resyncs", grouped(applied.resyncs)),
             ("held back", grouped(applied.held)),
         ]))?;
+    }
+    if !region.attachments.is_empty() {
+        out.line("")?;
+        out.table(&attachments_table(std::slice::from_ref(region)))?;
+    }
+    if !region.losses.is_empty() {
+        out.line("")?;
+        out.table(&losses_table(std::slice::from_ref(region)))?;
     }
     if !region.replicas.is_empty() {
         out.line("")?;
@@ -310,7 +310,7 @@ fn print_exact(out: &mut Output, exact: &ExactStatus) -> anyhow::Result<()> {
             format!("{} us", grouped(exact.withheld_us)),
         ),
         (
-            "longest",
+            "longest withheld",
             format!("{} us", grouped(exact.longest_withheld_us)),
         ),
         ("faults", grouped(exact.faults)),

@@ -101,7 +101,7 @@ const PROBES: &[Entry] = &[
     },
     Entry {
         name: "userfaultfd",
-        purpose: "noticing stores (mode async)",
+        purpose: "noticing stores (modes async and sync)",
         required: true,
         remedy: "use a kernel with CONFIG_USERFAULTFD=y and allow userfaultfd(2) in the container's seccomp profile",
         run: userfaultfd,
