@@ -127,6 +127,15 @@ fn check_data(data: &OwnedFd, offer: &HandOver) -> Result<(), Refusal> {
             "the data memfd has seals {seals:?}; it needs {needed:?}"
         )));
     }
+    let huge = memfd::page_bytes(data).is_ok_and(|bytes| bytes > PAGE_SIZE);
+    let small = offer.kind == WriteKind::Cooperative || offer.mode == Mode::Sync;
+    if huge && small {
+        // A hole that somebody punches and finds no huge page later would end the node.
+        return Err(Refusal::invalid(
+            "a region of huge pages has one writer and is not tracked in mode sync; \
+             leave huge_pages off",
+        ));
+    }
     let real = memfd::size(data).map_err(|e| Refusal::failed("cannot look at the memfd", &e))?;
     if real < size {
         return Err(Refusal::invalid(format!(

@@ -12,12 +12,14 @@ use uffd_sync::client::Writer;
 use uffd_sync::region::{Region, RegionOptions};
 use uffd_sync::shm::SharedMemory;
 use uffd_sync::sys::map::{Access, Mapping};
-use uffd_sync::sys::{memfd, net};
+use uffd_sync::sys::memfd::{self, Seals};
+use uffd_sync::sys::net;
 use uffd_sync::track::Attachment;
 use uffd_sync::units::MIB;
 use uffd_sync::wire::control::{self, HandOver, Request};
 use uffd_sync::words::{LossKind, Mode, Publish, WriteKind};
 
+use super::bad_input::{ask, invalid};
 use super::cooperative::{REGION, attached, terms};
 use super::deeds::{Deed, pages};
 use super::exact::may_be_exact;
@@ -64,9 +66,8 @@ impl Own {
         fcntl(uffd, FcntlArg::F_SETFL(flags)).expect("it is ours too");
     }
 
-    /// Hands it over; the link, which has to be kept.
-    fn over(&self, node: &NodeProcess) -> OwnedFd {
-        let offer = HandOver {
+    fn offer(&self) -> HandOver {
+        HandOver {
             name: "own".into(),
             size: SIZE,
             max_size: Some(MAX_SIZE),
@@ -79,18 +80,25 @@ impl Own {
             chosen: None,
             kind: WriteKind::Exclusive,
             slot: None,
-        };
+        }
+    }
+
+    fn fds(&self) -> [BorrowedFd<'_>; 5] {
         let attachment = &self.attachment;
-        let fds: [BorrowedFd<'_>; 5] = [
+        [
             self.region.data_fd(),
             self.region.control_fd(),
             attachment.pidfd.as_fd(),
             attachment.uffd.as_ref().expect("mode sync").as_fd(),
             attachment.pagemap.as_ref().expect("mode sync").as_fd(),
-        ];
+        ]
+    }
+
+    /// Hands it over; the link, which has to be kept.
+    fn over(&self, node: &NodeProcess) -> OwnedFd {
         let link = net::unix_connect(node.socket()).expect("the node listens");
-        let request = control::encode(&Request::HandOver(offer), b"").expect("short");
-        net::send_with_fds(&link, &request, &fds).expect("a request");
+        let request = control::encode(&Request::HandOver(self.offer()), b"").expect("short");
+        net::send_with_fds(&link, &request, &self.fds()).expect("a request");
         let mut piece = [0; 4096];
         let got = net::recv_with_fds(&link, &mut piece, 8, net::Blocking::Yes).expect("answer");
         let answer = String::from_utf8_lossy(&piece[..got.bytes]);
@@ -194,6 +202,42 @@ fn faults_of_memory_that_is_not_the_regions_kill_nobody() {
     let region = node.region("own").expect("it answers");
     assert_eq!(region.size, SIZE);
     drop((link, own));
+}
+
+#[test]
+fn huge_pages_that_may_be_missing_later_are_refused() {
+    if !may_be_exact() {
+        return;
+    }
+    let folder = folder();
+    let node = NodeProcess::source(folder.path(), "node");
+    let own = Own::new(None);
+    let huge = match memfd::create_huge("huge", 2 * MIB) {
+        Ok(huge) => huge,
+        Err(error) => {
+            super::refused_calls::skip(&error.to_string());
+            return;
+        }
+    };
+    let seals = Seals::FUTURE_WRITE | Seals::SHRINK | Seals::SEAL;
+    memfd::add_seals(&huge, seals).expect("it is ours");
+    let mut fds = own.fds();
+    fds[0] = huge.as_fd();
+    for (mode, kind) in [
+        (Mode::Sync, WriteKind::Exclusive),
+        (Mode::Async, WriteKind::Cooperative),
+    ] {
+        let offer = HandOver {
+            size: 2 * MIB,
+            max_size: None,
+            mode,
+            kind,
+            ..own.offer()
+        };
+        let refused = invalid(ask(&node, &Request::HandOver(offer), &fds));
+        assert!(refused.contains("huge_pages"), "{refused}");
+    }
+    assert!(node.status().regions.is_empty());
 }
 
 /// Cuts of the region; as many as there can be if the node is dead.
