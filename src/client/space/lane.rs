@@ -17,9 +17,11 @@
 //!   answered only after.
 //! - I4: memory is bounded by [`OUT_BYTES`], [`INBOX_BYTES`], one reply's body, and a flight
 //!   for each unanswered request, of which there are at most `limit`.
+//! - I5: runs wait in the order in which they were submitted, also those that had been asked
+//!   for and have to be asked again.
 //!
-//! On failure the connection ends: reads go back to the front of the queue, changes that were
-//! sent are reported as unknown.
+//! On failure the connection ends: reads go back to their place in the queue, changes that
+//! were sent are reported as unknown.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -100,6 +102,11 @@ impl Run {
             _ => self.len,
         };
         self.address..self.address + len
+    }
+
+    /// Its place among all that were submitted to one server: I5.
+    fn order(&self) -> (u64, u64) {
+        (self.ticket.serial, self.offset)
     }
 
     /// Bytes that it makes a server or a socket hold.
@@ -537,8 +544,7 @@ impl Lane {
             Status::Stopping => {
                 // Nothing was changed: it waits for the server's next life, or the deadline.
                 self.is_closing = true;
-                self.runs.push_front(piece);
-                return;
+                return self.ask_again(piece);
             }
             Status::NotAcknowledged => Failure::NotAcknowledged,
             status => Failure::Refused { status },
@@ -546,6 +552,13 @@ impl Lane {
         operations.failed(ticket, self.server, piece.addresses(), why);
         operations.closed(ticket);
         self.drop_runs_of(operations, ticket);
+    }
+
+    /// Puts a piece back to where it stood: I5.
+    fn ask_again(&mut self, piece: Run) {
+        let order = piece.order();
+        let place = self.runs.partition_point(|run| run.order() < order);
+        self.runs.insert(place, piece);
     }
 
     /// A part that failed is not gone on with.
@@ -587,8 +600,8 @@ impl Lane {
             operations.failed(piece.ticket, self.server, piece.addresses(), why);
             operations.closed(piece.ticket);
         }
-        for piece in again.into_iter().rev() {
-            self.runs.push_front(piece);
+        for piece in again {
+            self.ask_again(piece);
         }
         let failed: Vec<Ticket> = {
             let server = self.server;
