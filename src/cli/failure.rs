@@ -126,6 +126,7 @@ fn space_code(error: &space::SpaceError) -> u8 {
     match error {
         _ if error.is_indeterminate() => UNKNOWN_OUTCOME,
         space::SpaceError::File(_)
+        | space::SpaceError::Tls
         | space::SpaceError::OutOfRange(_)
         | space::SpaceError::Misaligned { .. }
         | space::SpaceError::Batch(_)

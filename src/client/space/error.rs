@@ -19,6 +19,9 @@ pub enum SpaceError {
     /// The file does not describe a space.
     #[error(transparent)]
     File(#[from] SpaceFileError),
+    /// The file asks for TLS, which is not spoken here. Nothing was asked.
+    #[error("the file has [tls], which is not spoken here: nothing is sent in the clear instead")]
+    Tls,
     /// The range does not lie in the space. Nothing was asked of any server.
     #[error("the range does not lie in the space")]
     OutOfRange(#[from] OutOfRange),

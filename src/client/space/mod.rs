@@ -159,7 +159,7 @@ impl Space {
     /// A client of the space that the file at `path` describes.
     ///
     /// # Errors
-    /// [`SpaceError::File`]. No server is asked yet.
+    /// [`SpaceError::File`], [`SpaceError::Tls`]. No server is asked yet.
     pub fn connect(path: &Path) -> Result<Self, SpaceError> {
         Self::connect_with(space_file::load(path)?, SpaceOptions::default())
     }
@@ -167,11 +167,14 @@ impl Space {
     /// The same for a file that was read, with options.
     ///
     /// # Errors
-    /// None yet; no server is asked before something is asked for.
+    /// [`SpaceError::Tls`]; no server is asked before something is asked for.
     ///
     /// # Panics
     /// If the kernel gives no random bytes.
     pub fn connect_with(config: SpaceConfig, options: SpaceOptions) -> Result<Self, SpaceError> {
+        if config.tls.is_some() {
+            return Err(SpaceError::Tls);
+        }
         let mut client = [0; 16];
         getrandom::fill(&mut client).expect("the kernel gives random bytes");
         let deadline = options

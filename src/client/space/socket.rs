@@ -197,7 +197,13 @@ impl Socket {
                 theirs: welcome.map,
             }));
         }
+        let versions = hello.versions.0..=hello.versions.1;
         match welcome.refusal {
+            Refusal::None if !versions.contains(&welcome.version) => {
+                let refusal = Refusal::Version;
+                self.failed(now, ReachError::Busy(refusal));
+                Some(Step::Refused(Failure::TurnedAway { refusal }))
+            }
             Refusal::None if welcome.server == hello.server => None,
             Refusal::None | Refusal::Server => {
                 // Somebody else's port for now: its own server may come back to it.

@@ -374,7 +374,15 @@ fn a_server_of_another_map_is_refused_with_both_digests() {
         why(space.write(0, &[1])),
         Failure::TurnedAway { .. }
     ));
-    servers[0].greets(|welcome| welcome.refusal = Refusal::None);
+    servers[0].greets(|welcome| {
+        welcome.refusal = Refusal::None;
+        welcome.version = 2;
+    });
+    assert!(matches!(
+        why(space.write(0, &[1])),
+        Failure::TurnedAway { .. }
+    ));
+    servers[0].greets(|welcome| welcome.version = 1);
     space.write(0, &[1]).expect("taken");
 }
 
@@ -469,6 +477,46 @@ fn a_server_that_ends_is_waited_for() {
         panic!("refused")
     };
     assert_eq!(found, status);
+}
+
+#[test]
+fn what_a_server_that_ends_leaves_undone_keeps_its_order() {
+    let (servers, mut space) = space(1, 4096);
+    servers[0].plays(|number, _| match number {
+        0..4 => Trick::Says(Status::Stopping),
+        _ => Trick::None,
+    });
+    let tickets: Vec<_> = (1..=4_u8)
+        .map(|value| space.submit_write(8, [value; 8]).expect("room"))
+        .collect();
+    for ticket in tickets {
+        assert_eq!(space.wait(ticket).expect("written"), Answer::Done);
+    }
+    assert_eq!(servers[0].memory()[8..16], [4; 8]);
+}
+
+#[test]
+fn what_its_caller_gave_up_is_not_sent_again() {
+    let (servers, config) = space_of(1, 4096);
+    let mut space = client(&config, SHORT);
+    space.write(0, &[1]).expect("the connection is heard of");
+    servers[0].plays(|number, _| match number {
+        0 => Trick::SaysLater(Status::Stopping),
+        _ => Trick::None,
+    });
+    let ticket = space.submit_write(8, [7; 8]).expect("room");
+    let until = Instant::now() + PATIENT;
+    while !space.operations.is_done(ticket) {
+        assert!(Instant::now() < until, "never given up");
+        space.progress();
+    }
+    // Its answer is not taken yet, and now the server says that it did nothing.
+    for _ in 0..2 {
+        space.read(0, &mut [0]).expect("read");
+    }
+    space.write(1, &[2]).expect("over another connection");
+    assert!(space.wait(ticket).expect_err("silent").is_indeterminate());
+    assert_eq!(servers[0].memory()[8..16], [0; 8]);
 }
 
 #[test]

@@ -192,6 +192,18 @@ fn a_server_that_is_not_there_is_named() {
 }
 
 #[test]
+fn nothing_is_sent_in_the_clear_where_the_file_asks_for_tls() {
+    let servers = Servers::start(1, SEGMENT, "");
+    let mut text = std::fs::read_to_string(servers.file()).expect("the file");
+    text.push_str("[tls]\nca = \"/a\"\ncert = \"/b\"\nkey = \"/c\"\n");
+    std::fs::write(servers.file(), text).expect("written");
+    for line in ["write", "read --len 1", "stat"] {
+        let said = refused(&servers, line, b"secret", 2);
+        assert!(said.contains("[tls]"), "{said}");
+    }
+}
+
+#[test]
 fn another_map_is_refused_with_both_digests() {
     let servers = Servers::start(1, SEGMENT, "");
     let text = std::fs::read_to_string(servers.file()).expect("the file");

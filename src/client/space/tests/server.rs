@@ -42,6 +42,8 @@ pub(super) enum Trick {
     Dribble,
     /// Nothing carried out; this status.
     Says(Status),
+    /// The same, behind the next reply.
+    SaysLater(Status),
     /// This and the next reply change places.
     Later,
 }
@@ -219,7 +221,9 @@ fn serve(mut stream: &TcpStream, shared: &Shared) -> std::io::Result<()> {
             continue;
         }
         let (mut reply, mut out) = match trick {
-            Trick::Says(status) => (reply_to(&header.request, status), Vec::new()),
+            Trick::Says(status) | Trick::SaysLater(status) => {
+                (reply_to(&header.request, status), Vec::new())
+            }
             _ => execute(&header.request, &body, shared),
         };
         let bytes = twisted(trick, &mut reply, &mut out);
@@ -229,7 +233,7 @@ fn serve(mut stream: &TcpStream, shared: &Shared) -> std::io::Result<()> {
                 stream.write_all(&bytes[..bytes.len() - 1])?;
                 return Ok(());
             }
-            Trick::Later => {
+            Trick::Later | Trick::SaysLater(_) => {
                 held = bytes;
                 continue;
             }
