@@ -82,8 +82,8 @@ limits! {
     MAX_HOST_BYTES = 253, Bytes;
     /// Longest file that describes a space: each server on a line with the longest names.
     MAX_SPACE_FILE = MIB, Bytes;
-    /// Most connections to one server of a space that its file may allow.
-    MAX_SPACE_CLIENTS = 65_536, Count;
+    /// Most connections to one server of a space that its file may allow; each has up to two operations in a ring of 65,536.
+    MAX_SPACE_CLIENTS = 32_000, Count;
     /// Most unanswered operations of one connection that a space's file may allow.
     MAX_SPACE_IN_FLIGHT = 65_536, Count;
     /// Longest range of one operation on a server of a space; clients split what is longer.
@@ -102,6 +102,8 @@ limits! {
     SPACE_CLIENT_IN_FLIGHT = 1024, Count;
     /// Replies to one client of a space that wait to be sent, before nothing more is carried out for it.
     SPACE_SEND_QUEUE = 4 * MIB, Bytes;
+    /// Bytes that one client's requests copy or set before other clients have their turn; a fill asks for a MiB by 49 bytes.
+    SPACE_TURN = 4 * MIB, Bytes;
     /// Time for which a client of a space may stay in the middle of a request, or leave replies unread.
     SPACE_STALL_MS = 60_000, Millis;
     /// Longest deadline of one operation on a space.

@@ -197,7 +197,7 @@ impl Executor {
         out: &mut Vec<u8>,
     ) -> Result<Outcome, Status> {
         let mut changes = false;
-        let mut read = 0;
+        let mut moved = 0;
         if count == 0 && !body.is_empty() {
             return Err(Status::Malformed);
         }
@@ -205,11 +205,12 @@ impl Executor {
             let item = item.map_err(|_| Status::Malformed)?;
             check(memory.len(), &item)?;
             changes |= item.operation.changes();
-            if item.operation == Operation::Read {
-                read += u64::from(item.len);
+            // What is written has come with the request, whose body is bounded.
+            if matches!(item.operation, Operation::Read | Operation::Fill) {
+                moved += u64::from(item.len);
             }
         }
-        if read > MAX_SPACE_OPERATION {
+        if moved > MAX_SPACE_OPERATION {
             return Err(Status::TooLong);
         }
         self.changes += u64::from(changes);
@@ -468,6 +469,10 @@ mod tests {
         let most = MAX_SPACE_OPERATION as u32 / 8;
         let reads = [item(Operation::Read, 0, most, b""); 9];
         let (request, body) = batch(&reads);
+        assert_eq!(server.ask(request, &body).0.status, Status::TooLong);
+        // A fill of many stripes takes a few bytes to ask for.
+        let fills = [item(Operation::Fill, 0, SIZE as u32, b"x"); 6];
+        let (request, body) = batch(&fills);
         assert_eq!(server.ask(request, &body).0.status, Status::TooLong);
         assert_eq!(server.memory, before);
     }

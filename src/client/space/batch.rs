@@ -9,7 +9,7 @@ use crate::units::checked_range;
 /// Operations that are sent together. Those on one server are carried out one behind the
 /// other with nothing between, all of them or none; servers know nothing of each other.
 ///
-/// At most 64 of them and 1 MiB in all, read and written; none over two servers.
+/// At most 64 of them and 1 MiB in all, read, written and filled; none over two servers.
 #[derive(Clone, Debug, Default)]
 pub struct Batch {
     items: Vec<Planned>,
@@ -126,15 +126,11 @@ impl Plan {
             check_alignment(item.operation, item.offset)?;
             let at = map.locate(item.offset.min(map.size() - 1))?;
             // Sums of lengths that each lie within the space.
-            bytes = bytes.saturating_add(match item.operation {
-                Operation::Fill => 0,
-                _ => item.len,
-            });
+            bytes = bytes.saturating_add(item.len);
             if at.offset + item.len > map.segment_size() {
                 return Err(BatchError::Crosses { index }.into());
             }
-            if bytes > limits::MAX_SPACE_OPERATION || item.len > limits::MAX_SPACE_OPERATION {
-                let bytes = bytes.max(item.len);
+            if bytes > limits::MAX_SPACE_OPERATION {
                 return Err(BatchError::TooLong { bytes }.into());
             }
             placed.push((at.server as u32, at.offset, item));

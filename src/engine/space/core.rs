@@ -81,7 +81,8 @@ impl Core {
             broken: 0,
             stopping: false,
             nbd,
-            can_be_mapped: config.data.is_some(),
+            // By mapping one would see what may still be lost with this server.
+            can_be_mapped: config.data.is_some() && config.replica.is_none(),
         }
     }
 
@@ -131,6 +132,12 @@ impl Core {
     pub(crate) fn execute(&mut self, request: &Request, body: &[u8], out: &mut Vec<u8>) -> Reply {
         self.executor
             .execute(self.memory.as_mut(), request, body, out)
+    }
+
+    /// Bytes that all operations so far have copied or set.
+    pub(crate) fn moved_bytes(&self) -> u64 {
+        let counts = self.executor.counts();
+        counts.read_bytes + counts.written_bytes
     }
 
     /// Number of the change that a reply given now has to wait for.

@@ -3,6 +3,7 @@
 use super::core::Core;
 use super::outbox::Outbox;
 use super::speaks::{Broken, Taken};
+use crate::limits::SPACE_TURN;
 use crate::space::frame::{
     self, HAS_MAPPING, HAS_REPLICA, HELLO_BYTES, Hello, Operation, REPLY_BYTES, REQUEST_BYTES,
     Refusal, Reply, ReplyHeader, Request, RequestHeader, Status, WANTS_MAPPING, Welcome,
@@ -17,7 +18,14 @@ pub(crate) struct Native {
     client: u128,
     /// The header at the front, once it was checked.
     header: Option<RequestHeader>,
+    /// Work since others had their turn, in bytes.
+    turn: u64,
 }
+
+/// What a request costs besides the bytes that it moves, as bytes.
+const REQUEST_COST: u64 = 1024;
+/// What it costs to say how the server goes.
+const STAT_COST: u64 = 32 * REQUEST_COST;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -33,6 +41,7 @@ impl Native {
             state: State::Greeting,
             client: 0,
             header: None,
+            turn: 0,
         }
     }
 
@@ -128,12 +137,15 @@ impl Native {
         let from = out.bytes().len();
         let bytes = out.bytes();
         bytes.resize(from + REPLY_BYTES, 0);
+        let moved = core.moved_bytes();
+        self.turn += REQUEST_COST;
         let reply = if too_many {
             refused(request, Status::TooMany)
         } else if core.stopping {
             refused(request, Status::Stopping)
         } else if request.operation == Operation::Stat {
             bytes.extend(core.stat());
+            self.turn += STAT_COST;
             refused(request, Status::Done)
         } else {
             core.execute(request, body, bytes)
@@ -142,7 +154,13 @@ impl Native {
         let (header, body) = bytes[from..].split_at_mut(REPLY_BYTES);
         header.copy_from_slice(&reply.encode(body));
         out.reply(from, core.barrier());
-        Ok(Taken::Bytes(REQUEST_BYTES + body_len))
+        self.turn += core.moved_bytes() - moved;
+        let taken = REQUEST_BYTES + body_len;
+        if self.turn < SPACE_TURN {
+            return Ok(Taken::Bytes(taken));
+        }
+        self.turn = 0;
+        Ok(Taken::Turn(taken))
     }
 
     /// A change keeps its outcome, but says that no replica has it. False if it is no

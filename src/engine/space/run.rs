@@ -18,13 +18,20 @@ use super::outbox::Outbox;
 use super::safety::Safety;
 use super::speaks::Protocol;
 use crate::engine::keys::{Key, Keyed};
+use crate::limits;
 use crate::sys::SysError;
 use crate::sys::buffer::Buffer;
 use crate::sys::futex::Lifeline;
-use crate::sys::ring::{Completion, Op, Ring};
+use crate::sys::ring::{Completion, MAX_IN_FLIGHT, Op, Ring};
 
 /// Entries of the submission queue.
 const RING_ENTRIES: u32 = 256;
+/// The ring has room for all connections, each receiving and waiting for room to send, and
+/// for what the server itself waits for: without that it would end.
+const _: () = assert!(
+    2 * (limits::MAX_SPACE_CLIENTS + limits::MAX_NBD_CLIENTS + limits::MAX_HALF_OPEN) + 512
+        <= MAX_IN_FLIGHT as u64
+);
 /// How often deadlines are looked at, while there are any.
 const TICK: Duration = Duration::from_millis(100);
 /// How long replies may take to go when the server ends.
@@ -80,6 +87,8 @@ pub(super) struct Loop {
     pub(super) doors: Vec<OpenDoor>,
     /// Doors where nothing could be accepted; tried again at the next tick.
     closed_doors: Vec<u32>,
+    /// Whether the last try to accept a client failed, which was said.
+    refusing: bool,
     pub(super) connections: Keyed<Connection>,
     /// In the order of their arrival; some may have greeted since, or gone.
     pub(super) half_open: VecDeque<Key>,
@@ -127,6 +136,7 @@ impl Loop {
             core,
             ring: Ring::new(RING_ENTRIES)?,
             closed_doors: (0..doors.len() as u32).collect(),
+            refusing: false,
             doors,
             connections: Keyed::new(),
             half_open: VecDeque::new(),
@@ -231,10 +241,15 @@ impl Loop {
             Some(Token::Door(door)) => {
                 self.closed_doors.push(door);
                 match (completion.accepted, completion.result) {
-                    (Some(socket), _) => self.accepted(door as usize, socket),
+                    (Some(socket), _) => {
+                        self.refusing = false;
+                        self.accepted(door as usize, socket);
+                    }
                     // Tried again at the next tick: out of descriptors it fails at once.
                     (None, Err(error)) => {
-                        tracing::warn!(%error, "cannot accept a client");
+                        if !std::mem::replace(&mut self.refusing, true) {
+                            tracing::warn!(%error, "cannot accept a client");
+                        }
                         return Ok(());
                     }
                     (None, Ok(_)) => {}

@@ -22,8 +22,7 @@ struct Served {
     _folder: tempfile::TempDir,
 }
 
-fn serve(limits: SpaceLimits) -> Served {
-    let folder = tempfile::tempdir().expect("a folder");
+fn config_in(folder: &tempfile::TempDir, limits: SpaceLimits) -> SpaceServerConfig {
     let server = |name: &str, port| Server {
         name: name.parse().expect("a name"),
         address: format!("127.0.0.1:{port}").parse().expect("an address"),
@@ -33,8 +32,8 @@ fn serve(limits: SpaceLimits) -> Served {
         place,
         protocol: Protocol::Native,
     };
-    let config = SpaceServerConfig {
-        map: map.clone(),
+    SpaceServerConfig {
+        map,
         position: 1,
         incarnation: Incarnation(5),
         limits,
@@ -46,13 +45,62 @@ fn serve(limits: SpaceLimits) -> Served {
         errands: None,
         replica: None,
         log: None,
-    };
+    }
+}
+
+fn serve(limits: SpaceLimits) -> Served {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = config_in(&folder, limits);
+    let map = config.map.clone();
     let memory = Box::new(vec![0u8; K as usize]);
     Served {
         server: SpaceServer::start(config, memory).expect("started"),
         map,
         _folder: folder,
     }
+}
+
+/// 49 bytes ask for a mebibyte to be set: a thousand such requests lie in one buffer.
+#[test]
+fn a_client_that_only_fills_lets_others_have_their_turn() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let config = config_in(&folder, bounds(8, 1024));
+    let nbd = Nbd::new(&config.map, 1, None, None);
+    let memory = Box::new(vec![0u8; K as usize]);
+    let mut core = Core::new(&config, Executor::new(None), memory, nbd);
+    let mut speaks = speaks::Speaks::new(&Protocol::Native, false);
+    let mut out = outbox::Outbox::default();
+    let hello = Hello {
+        versions: (1, 1),
+        map: config.map.digest(),
+        server: 1,
+        flags: 0,
+        client: 3,
+        incarnation: Incarnation(0),
+    };
+    let greeted = speaks.take(&hello.encode(), &mut core, &mut out);
+    assert_eq!(greeted, Ok(speaks::Taken::Bytes(HELLO_BYTES)));
+    let request = |operation, len: u64| Request {
+        id: 1,
+        epoch: 0,
+        operation,
+        offset: 0,
+        len: len as u32,
+    };
+    let mut turns = |operation, len, body: &[u8], count| {
+        let mut bytes = request(operation, len).encode(body).to_vec();
+        bytes.extend(body);
+        let taken = (0..count).map(|_| speaks.take(&bytes, &mut core, &mut out));
+        taken
+            .filter(|taken| *taken == Ok(speaks::Taken::Turn(bytes.len())))
+            .count()
+    };
+    assert_eq!(turns(Operation::Fill, K, b"x", 64), 16);
+    assert!(turns(Operation::Stat, 0, b"", 1024) >= 4);
+    assert!(
+        turns(Operation::Read, 8, b"", 256) <= 1,
+        "small ones gather"
+    );
 }
 
 fn bounds(max_clients: u64, max_in_flight: u64) -> SpaceLimits {
