@@ -196,6 +196,22 @@ pub fn next_data(fd: impl AsFd, from: u64) -> Result<Option<Range<u64>>, SysErro
     }
 }
 
+/// The first byte at `from` or behind it that has memory, or lies in a page that has; none
+/// up to the end. Does not look for the end of that memory, as [`next_data`] does.
+///
+/// # Errors
+/// Whatever `lseek` says.
+pub fn first_data(fd: impl AsFd, from: u64) -> Result<Option<u64>, SysError> {
+    let Ok(offset) = i64::try_from(from) else {
+        return Ok(None);
+    };
+    match lseek64(fd.as_fd(), offset, Whence::SeekData) {
+        Ok(start) => Ok(Some(u64::try_from(start).unwrap_or(from))),
+        Err(Errno::ENXIO) => Ok(None),
+        Err(e) => Err(SysError::new("lseek SEEK_DATA", e)),
+    }
+}
+
 /// Reads up to `buf.len()` bytes at `offset`: fewer at the end of the file only,
 /// 0 beyond it. Allocates nothing where the file has holes.
 ///

@@ -22,6 +22,7 @@ mod commands;
 mod connection;
 mod core;
 mod errands;
+mod holes;
 mod live;
 mod log;
 mod native;

@@ -15,6 +15,7 @@ use std::sync::Arc;
 
 use super::core::Core;
 use super::errands::{Done, Errand, Errands, What};
+use super::holes::Holes;
 use super::outbox::Outbox;
 use super::speaks::{Broken, Taken};
 use crate::engine::keys::Key;
@@ -22,13 +23,15 @@ use crate::limits::{MAX_NBD_CLIENTS, MAX_NBD_ERRANDS, NBD_STAGED_BY_ALL};
 use crate::nbd::{Answer, Backing, Export, Exports, Extent, Failure, Next, Session, Unit, Zeroing};
 use crate::space::SpaceMap;
 use crate::space::frame::{Operation, Request, Status};
-use crate::sys::memfd;
 use crate::units::checked_range;
 
 /// A simple reply without an error, which is what a held reply to a change is.
 const DONE: [u8; 8] = [0x67, 0x44, 0x66, 0x98, 0, 0, 0, 0];
 /// EIO in its place.
 const EIO: [u8; 4] = [0, 0, 0, 5];
+/// Pages that one question of block status looks at: 16 MiB of memory, in about a
+/// millisecond.
+const LOOKS: u32 = 4096;
 
 /// What all NBD connections of a server share.
 pub(crate) struct Nbd {
@@ -36,8 +39,7 @@ pub(crate) struct Nbd {
     errands: Option<Arc<Errands>>,
     /// First address of this server's segment.
     start: u64,
-    /// The segment's memory, to ask for its holes.
-    data: Option<OwnedFd>,
+    holes: Holes,
     clients: u64,
     /// Connections so far.
     serial: u64,
@@ -88,7 +90,7 @@ impl Nbd {
             exports: Arc::new(exports.expect("a map has segments, and each its own number")),
             errands,
             start: map.addresses(position).start,
-            data,
+            holes: Holes::new(data),
             clients: 0,
             serial: 0,
             out: (0, 0),
@@ -268,6 +270,9 @@ impl Segment<'_> {
         let Some(errands) = &nbd.errands else {
             return Answer::Failed(Failure::Invalid);
         };
+        if errands.is_closed() {
+            return Answer::Failed(Failure::Io);
+        }
         let (units, bytes) = nbd.out;
         let staged = bytes + u64::from(unit.len);
         if units >= MAX_NBD_ERRANDS || (units > 0 && staged > NBD_STAGED_BY_ALL) {
@@ -284,21 +289,6 @@ impl Segment<'_> {
         }
         nbd.out = (units + 1, staged);
         Answer::Later
-    }
-
-    /// Data in `offset .. offset + len` of the segment, from the first extent at or behind
-    /// `offset` on; all of it where holes are not told.
-    fn next_data(&self, offset: u64, len: u64) -> (u64, u64) {
-        let end = offset + len;
-        let found = match &self.core.nbd.data {
-            Some(fd) => memfd::next_data(fd, offset),
-            None => return (offset, end),
-        };
-        match found {
-            Ok(Some(data)) => (data.start.clamp(offset, end), data.end.clamp(offset, end)),
-            Ok(None) => (end, end),
-            Err(_) => (offset, end),
-        }
     }
 }
 
@@ -327,11 +317,13 @@ impl Backing for Segment<'_> {
             return self.elsewhere(unit, || What::Zero);
         };
         let end = offset + u64::from(unit.len);
-        let mut at = offset;
+        let (mut at, mut looks) = (offset, u32::MAX);
         while at < end {
             let (start, stop) = match how {
                 Zeroing::Allocated => (at, end),
-                Zeroing::Sparse | Zeroing::Discard => self.next_data(at, end - at),
+                Zeroing::Sparse | Zeroing::Discard => {
+                    self.core.nbd.holes.next_data(at, end, &mut looks)
+                }
             };
             if start < stop {
                 let place = (start, (stop - start) as u32);
@@ -346,8 +338,8 @@ impl Backing for Segment<'_> {
     }
 
     fn extents(&mut self, address: u64, len: u64, most: usize, into: &mut Vec<Extent>) {
-        let (mut at, end) = (address, address + len);
-        while at < end && into.len() < most {
+        let (mut at, end, mut looks) = (address, address + len, LOOKS);
+        while at < end && into.len() < most && looks > 0 {
             let Some(offset) = self.here(at, 1) else {
                 // Another server's holes are not known.
                 let start = self.core.nbd.start;
@@ -358,7 +350,8 @@ impl Backing for Segment<'_> {
                 continue;
             };
             let here = (end - at).min(self.core.card.segment_size - offset);
-            let (start, stop) = self.next_data(offset, here);
+            let holes = &mut self.core.nbd.holes;
+            let (start, stop) = holes.next_data(offset, offset + here, &mut looks);
             let hole = start > offset;
             let until = if hole { start } else { stop };
             let len = (until - offset).max(1);
