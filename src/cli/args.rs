@@ -175,9 +175,9 @@ pub struct ServeArgs {
     #[arg(long, value_name = "tcp://HOST[:PORT]|unix:PATH", requires = "space")]
     pub nbd: Vec<NbdPlace>,
     /// Begins the segment with what this replica has of the server's life before, and goes
-    /// on with that life
+    /// on with that life; given once for each replica, it takes the newest
     #[arg(long, value_name = "tcp://HOST:PORT/REGION", requires = "space")]
-    pub recover: Option<FollowSpec>,
+    pub recover: Vec<FollowSpec>,
     /// Ends when standard input does, so that a node does not outlive who started it
     #[arg(long, hide = true)]
     pub until_eof: bool,

@@ -67,7 +67,7 @@ fn space_of(
     (file, server): (Option<PathBuf>, Option<String>),
     socket: Option<PathBuf>,
     nbd: Vec<NbdPlace>,
-    recover: Option<FollowSpec>,
+    recover: Vec<FollowSpec>,
 ) -> anyhow::Result<Option<SpaceFlags>> {
     // Neither is given without the other.
     let Some((file, server)) = file.zip(server) else {

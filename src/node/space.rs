@@ -50,9 +50,9 @@ pub struct SpaceFlags {
     pub nbd: Vec<NbdPlace>,
     /// The way to the other servers for them; without it they get only what lies here.
     pub errands: Option<Arc<Errands>>,
-    /// The replica of an earlier life that the segment begins with:
+    /// The replicas of an earlier life with the newest of which the segment begins:
     /// `tcp://HOST:PORT/REGION`.
-    pub recover: Option<FollowSpec>,
+    pub recover: Vec<FollowSpec>,
 }
 
 /// Where NBD clients are served: `tcp://HOST[:PORT]` or `unix:PATH`.
@@ -254,15 +254,13 @@ pub(super) fn serve(
     let socket = flags.socket.clone();
     let socket = socket.unwrap_or_else(|| socket_of(&config.map, server.name.as_str()));
     let made = match config.durability {
-        Durability::Memory if flags.recover.is_some() => return Err(SpaceError::NoReplicas),
+        Durability::Memory if !flags.recover.is_empty() => return Err(SpaceError::NoReplicas),
         Durability::Memory => segment::in_memory(&config, &server)?,
         Durability::Replica if node_config.listen.is_none() => {
             let region = segment::region_name(&server.name);
             return Err(SpaceError::Unfollowed { region });
         }
-        Durability::Replica => {
-            segment::with_replica(&config, position, flags.recover.as_ref(), node)?
-        }
+        Durability::Replica => segment::with_replica(&config, position, &flags.recover, node)?,
     };
     let incarnation = made.incarnation;
     let mut doors = vec![

@@ -5,7 +5,7 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use zerocopy::little_endian::{U32, U128};
+use zerocopy::little_endian::{U32, U64, U128};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use super::SpaceError;
@@ -24,8 +24,11 @@ use crate::words::{Generation, Mode, Publish, RegionName};
 
 /// Bytes copied at once from a replica.
 const COPY_BYTES: usize = MIB as usize;
-/// How long a replica of the life before may take to get here, if it does not get on.
-const RECOVER_DEADLINE: Duration = Duration::from_secs(30);
+/// How long a replica of the life before may take to be found.
+const FIND_DEADLINE: Duration = Duration::from_secs(30);
+/// How long it may take to get here without getting on: what is equal is compared, and not
+/// seen to come.
+const SYNC_DEADLINE: Duration = Duration::from_secs(120);
 /// Pause between two looks at it.
 const RECOVER_PAUSE: Duration = Duration::from_millis(10);
 
@@ -48,7 +51,9 @@ struct Page {
     incarnation: U128,
     map: Digest,
     position: U32,
-    rest: [u8; 12],
+    /// How often the segment was recovered.
+    recoveries: U64,
+    rest: [u8; 4],
 }
 
 const MAGIC: [u8; 8] = *b"uffdSGMT";
@@ -65,6 +70,12 @@ fn prefixed(prefix: &str, server: &RegionName) -> RegionName {
     // A name that is too long then stands for itself.
     let name = format!("{prefix}-{server}").parse();
     name.unwrap_or_else(|_| server.clone())
+}
+
+/// What the replica of the life before is called while it is copied: never as the segment.
+fn former_name(at: usize) -> RegionName {
+    let name = format!("space.recover.{at}").parse();
+    name.expect("short, and of what names have")
 }
 
 /// A segment that is lost with this process. No node looks at it, and so nothing is kept
@@ -93,19 +104,21 @@ impl Deref for Written {
 }
 
 /// A segment that other nodes can follow, and whose changes are committed to them; it
-/// begins with what `recover` has of the life before, if that is given.
+/// begins with the newest that `recover` has of the life before, if any are given.
 pub(super) fn with_replica(
     config: &SpaceConfig,
     position: usize,
-    recover: Option<&FollowSpec>,
+    recover: &[FollowSpec],
     node: &Node,
 ) -> Result<Made, SpaceError> {
     let size = config.map.segment_size();
     let name = &config.map.servers()[position].name;
-    let former = recover.map(|source| Former::find(source, config, position, node));
-    let former = former.transpose()?;
+    let former = Former::newest(recover, config, position, node)?;
     let fresh = Incarnation(Generation::random().0);
     let incarnation = former.as_ref().map_or(fresh, |former| former.incarnation);
+    let recoveries = former
+        .as_ref()
+        .map_or(0, |former| former.age.recoveries + 1);
     let options = WriterOptions {
         mode: Mode::Manual,
         publish: Publish::Commit,
@@ -127,7 +140,8 @@ pub(super) fn with_replica(
             incarnation: incarnation.0.into(),
             map: config.map.digest(),
             position: (position as u32).into(),
-            rest: [0; 12],
+            recoveries: recoveries.into(),
+            rest: [0; 4],
         };
         Ok(region.write(size, page.as_bytes())?)
     };
@@ -175,17 +189,75 @@ struct Former {
     local: RegionName,
     source: String,
     incarnation: Incarnation,
+    generation: Generation,
+    age: Age,
+}
+
+/// How far a replica came. Replicas of one life are ordered by this.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Age {
+    recoveries: u64,
     epoch: u64,
 }
 
 impl Former {
+    /// The newest of several replicas. A reply waits for one of them, so the others may be
+    /// older, and nothing in them says so.
+    fn newest(
+        sources: &[FollowSpec],
+        config: &SpaceConfig,
+        position: usize,
+        node: &Node,
+    ) -> Result<Option<Self>, SpaceError> {
+        let mut newest: Option<Self> = None;
+        for (at, source) in sources.iter().enumerate() {
+            let found = Self::find(source, at, config, position, node)?;
+            let Some(other) = newest.take() else {
+                newest = Some(found);
+                continue;
+            };
+            if let Some(problem) = found.is_unlike(&other) {
+                return Err(SpaceError::OtherReplica {
+                    source_name: found.source.as_str().into(),
+                    problem,
+                });
+            }
+            let (newer, older) = match found.age > other.age {
+                true => (found, other),
+                false => (other, found),
+            };
+            tracing::info!(
+                newer = newer.source,
+                older = older.source,
+                epochs_behind = newer.age.epoch.saturating_sub(older.age.epoch),
+                "one replica has more than another"
+            );
+            older.forget(node)?;
+            newest = Some(newer);
+        }
+        Ok(newest)
+    }
+
+    /// Why it cannot be said which of two replicas is newer.
+    fn is_unlike(&self, other: &Self) -> Option<&'static str> {
+        if self.incarnation != other.incarnation {
+            return Some("it holds another life than the replica before; name only one of them");
+        }
+        let same = self.age.recoveries == other.age.recoveries;
+        if same && self.generation != other.generation {
+            return Some("two servers went on with this life; name only one replica");
+        }
+        None
+    }
+
     fn find(
         source: &FollowSpec,
+        at: usize,
         config: &SpaceConfig,
         position: usize,
         node: &Node,
     ) -> Result<Self, SpaceError> {
-        let local = prefixed("recover", &config.map.servers()[position].name);
+        let local = former_name(at);
         let source = FollowSpec {
             local: local.clone(),
             ..source.clone()
@@ -207,7 +279,7 @@ impl Former {
         if reader.size() != size + PAGE_SIZE {
             return Err(other("its size is not that of a segment of this space"));
         }
-        let until = Instant::now() + RECOVER_DEADLINE;
+        let until = Instant::now() + FIND_DEADLINE;
         let (page, epoch) = loop {
             match reader.read_at_epoch(|view| view.load::<Page>(size)) {
                 Ok((page, epoch)) => break (page?, epoch.number),
@@ -224,11 +296,15 @@ impl Former {
             return Err(other("it holds the segment of another space or server"));
         }
         Ok(Self {
+            generation: reader.generation(),
             reader,
             local,
             source: shown,
             incarnation: Incarnation(page.incarnation.get()),
-            epoch,
+            age: Age {
+                recoveries: page.recoveries.get(),
+                epoch,
+            },
         })
     }
 
@@ -245,7 +321,7 @@ impl Former {
                 source,
             })?;
             copied?;
-            if epoch.number != self.epoch {
+            if epoch.number != self.age.epoch {
                 return Err(SpaceError::OtherReplica {
                     source_name: self.source.as_str().into(),
                     problem: "it changes, so the server that it follows lives",
@@ -258,7 +334,7 @@ impl Former {
             }
             at += len as u64;
         }
-        tracing::info!(source = self.source, epoch = self.epoch, "recovered");
+        tracing::info!(source = self.source, epoch = self.age.epoch, "recovered");
         Ok(())
     }
 
@@ -268,23 +344,29 @@ impl Former {
     }
 }
 
-/// Waits until a replica that was asked for is whole; as long as it takes while bytes come.
+/// Waits until a replica that was asked for is whole; as long as it takes while it gets on.
 fn await_following(node: &Node, local: &RegionName, shown: &str) -> Result<(), SpaceError> {
     let mut control = connect(node)?;
-    let mut until = Instant::now() + RECOVER_DEADLINE;
+    let mut until = Instant::now() + FIND_DEADLINE;
+    let mut seen = None;
     loop {
         let regions = control.status()?.regions;
         let found = regions.iter().find(|region| region.name == local.as_str());
-        match found.map(|region| region.state.as_str()) {
-            Some("following") => return Ok(()),
-            Some("syncing" | "resyncing") => until = Instant::now() + RECOVER_DEADLINE,
-            _ if Instant::now() < until => {}
-            _ => {
-                return Err(SpaceError::Replica {
-                    source_name: shown.into(),
-                    source: ReadError::TimedOut,
-                });
-            }
+        if found.is_some_and(|region| region.state == "following") {
+            return Ok(());
+        }
+        let now = Instant::now();
+        let coming = found.filter(|region| region.state != "connecting");
+        // A source that is not whole itself says nothing more for ever.
+        let progress = coming.map(|region| (region.bytes_changed, region.resident_bytes));
+        if progress.is_some() && progress != seen {
+            (seen, until) = (progress, now + SYNC_DEADLINE);
+        }
+        if now >= until {
+            return Err(SpaceError::Replica {
+                source_name: shown.into(),
+                source: ReadError::TimedOut,
+            });
         }
         std::thread::sleep(RECOVER_PAUSE);
     }

@@ -1,10 +1,12 @@
 //! `durability = "replica"`: what was acknowledged is there after the server was killed.
 
-use uffd_sync::space::frame::{HAS_REPLICA, Operation, Status};
+use uffd_sync::space::frame::{HAS_MAPPING, HAS_REPLICA, Hello, Operation, Status, WANTS_MAPPING};
+use uffd_sync::wire::control::RegionStatus;
 
 use super::servers::Servers;
 use super::wire::{Wire, hello};
 use crate::nodes::{NodeProcess, await_some, await_that, folder, long};
+use crate::proxy::{Proxy, Verdict};
 
 const MIB: u64 = 1 << 20;
 const REPLICATED: &str = "durability = \"replica\"\n[limits]\ndeadline_ms = 4000\n";
@@ -100,6 +102,69 @@ fn nothing_acknowledged_is_lost_with_the_server() {
             values[at] = words[0];
         }
     }
+}
+
+/// A reply waits for one replica: the other one may have missed what was acknowledged.
+#[test]
+fn of_several_replicas_the_newest_is_taken() {
+    let mut servers = Servers::planned(1, MIB, REPLICATED);
+    let listen = listen(&servers);
+    servers.start_one(0, &["--listen", &listen]);
+    let there = folder();
+    let proxies = [0, 1].map(|_| Proxy::to(listen.parse().expect("an address")));
+    let replicas: Vec<_> = proxies
+        .iter()
+        .enumerate()
+        .map(|(at, proxy)| {
+            let source = proxy.source_of("space-s0=copy");
+            NodeProcess::follower(there.path(), &format!("replica{at}"), &[source])
+        })
+        .collect();
+    let recover: Vec<_> = replicas
+        .iter()
+        .map(|replica| format!("tcp://{}/copy", replica.listen()))
+        .collect();
+    let life = Wire::greeted(&servers, 0).1;
+    for (round, late) in proxies.iter().enumerate() {
+        let copies = || replicas.iter().filter_map(|replica| replica.region("copy"));
+        let source = servers.server(0).region("space-s0").expect("the segment");
+        await_that("both to follow", || {
+            let following = |copy: &RegionStatus| {
+                copy.state == "following" && copy.generation == source.generation
+            };
+            copies().filter(following).count() == 2
+        });
+        late.judge(|frame| match frame.is_update() {
+            true => Verdict::CutAfter(0),
+            false => Verdict::Pass,
+        });
+        let (mut wire, _) = Wire::greeted(&servers, 0);
+        let value = [round as u8 + 1; 8];
+        let (reply, _) = wire.ask(Operation::Write, 4096, 8, &value);
+        assert_eq!(reply.status, Status::Done);
+        servers.kill(0);
+        let epochs: Vec<_> = copies().map(|copy| copy.epoch).collect();
+        assert!(epochs[round] < epochs[1 - round], "{epochs:?}");
+        late.pass();
+        let all = ["--recover", &recover[0], "--recover", &recover[1]];
+        servers.start_one(0, &[&["--listen", &listen], &all[..]].concat());
+        let (mut wire, found) = Wire::greeted(&servers, 0);
+        assert_eq!(found, life, "the same life goes on");
+        assert_eq!(wire.ask(Operation::Read, 4096, 8, b"").1, value);
+    }
+}
+
+#[test]
+fn what_may_still_be_lost_is_not_mapped() {
+    let mut servers = Servers::planned(1, MIB, REPLICATED);
+    let listen = listen(&servers);
+    servers.start_one(0, &["--listen", &listen]);
+    let wants = Hello {
+        flags: WANTS_MAPPING,
+        ..hello(&servers, 0)
+    };
+    let welcome = Wire::unix(&servers, 0).greet(&wants);
+    assert_eq!(welcome.flags & HAS_MAPPING, 0);
 }
 
 #[test]
