@@ -147,6 +147,8 @@ impl Session {
                         consumed += used;
                         let export = self.exports.all()[agreed.export].clone();
                         self.phase = Phase::Transmission(Transmission::new(export, agreed));
+                        // The first request's reply is one of its own.
+                        break Next::More;
                     }
                     Err(violation) => self.phase = Phase::Over(Some(violation)),
                 },

@@ -23,7 +23,7 @@ use crate::nbd::Failure;
 use crate::space::SpaceConfig;
 use crate::sys::net::{self, Watched};
 
-/// A running gateway. Dropping it ends it; what is under way then is not answered.
+/// A running gateway. Dropping it ends it; what is under way then is answered with an error.
 #[derive(Debug)]
 pub struct Gateway {
     errands: Arc<Errands>,
@@ -43,7 +43,10 @@ impl Gateway {
         let theirs = Arc::clone(&errands);
         let body = move || match Space::connect_with(config, options) {
             Ok(space) => Bearer::new(space, theirs).run(),
-            Err(error) => tracing::error!(%error, "NBD clients reach no other server"),
+            Err(error) => {
+                tracing::error!(%error, "NBD clients reach no other server");
+                give_back(&theirs);
+            }
         };
         let thread = std::thread::Builder::new().name("nbd-gateway".into());
         Ok(Self {
@@ -63,6 +66,14 @@ impl Drop for Gateway {
     }
 }
 
+/// Answers all errands that wait, and lets no more come: nobody is there to do them.
+fn give_back(errands: &Errands) {
+    errands.close();
+    while let Some(errand) = errands.next() {
+        errands.finish(errand.done(Err(Failure::Io)));
+    }
+}
+
 struct Bearer {
     space: Space,
     errands: Arc<Errands>,
@@ -71,6 +82,16 @@ struct Bearer {
     losses: HashMap<usize, u64>,
     /// The last connection that was heard of.
     newest: u64,
+}
+
+/// However it ends: no client waits for what nobody brings.
+impl Drop for Bearer {
+    fn drop(&mut self) {
+        for (_, errand) in self.under_way.drain() {
+            self.errands.finish(errand.done(Err(Failure::Io)));
+        }
+        give_back(&self.errands);
+    }
 }
 
 impl Bearer {

@@ -160,6 +160,11 @@ impl Loop {
         found.map_or(0, |connection| connection.out.waiting())
     }
 
+    fn is_unblocked(&self, key: Key) -> bool {
+        let found = self.connections.get(key);
+        found.is_some_and(|one| !one.blocked && !one.leaving)
+    }
+
     fn set_deadline(&mut self, key: Key, time: Option<Duration>) {
         if let Some(connection) = self.connections.get_mut(key) {
             let before = connection.deadline.is_some();
@@ -237,7 +242,8 @@ impl Loop {
                 }
                 return self.watch(key);
             }
-            // Nor here: what it waits for makes it go on.
+            // Nor here: what it waits for makes it go on, and is not the peer's delay.
+            Next::Waits if self.is_unblocked(key) => return self.set_deadline(key, None),
             Next::Waits => return self.watch(key),
             Next::Farewell => {
                 self.leave(key);
