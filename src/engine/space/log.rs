@@ -73,6 +73,9 @@ impl Log {
         server: &str,
         figures: Arc<Figures>,
     ) -> io::Result<Self> {
+        if config.path.is_dir() {
+            return Err(io::ErrorKind::IsADirectory.into());
+        }
         let path = own_path(&config.path, server);
         let file = Files::open(path, config.max_size, config.keep)?;
         let shared = Arc::new(Shared {
@@ -131,7 +134,6 @@ fn write(shared: &Shared, mut files: Files) {
             match files.write(&entry) {
                 Ok(()) => {
                     shared.figures.log_lines.fetch_add(1, Ordering::Relaxed);
-                    failing = false;
                 }
                 Err(error) => {
                     shared.figures.log_dropped.fetch_add(1, Ordering::Relaxed);
@@ -143,11 +145,13 @@ fn write(shared: &Shared, mut files: Files) {
                 }
             }
         }
-        if let Err(error) = files.flush()
-            && !failing
-        {
-            tracing::error!(%error, path = %files.path.display(), "operations are not logged");
-            failing = true;
+        match files.flush() {
+            Ok(()) => failing = false,
+            Err(error) if !failing => {
+                tracing::error!(%error, path = %files.path.display(), "operations are not logged");
+                failing = true;
+            }
+            Err(_) => {}
         }
         if last {
             return;
@@ -205,18 +209,24 @@ impl Files {
         name.into()
     }
 
+    fn move_on(&self) -> io::Result<()> {
+        if self.keep == 0 {
+            return fs::remove_file(&self.path);
+        }
+        for number in (1..self.keep).rev() {
+            let from = self.numbered(number);
+            if from.exists() {
+                fs::rename(from, self.numbered(number + 1))?;
+            }
+        }
+        fs::rename(&self.path, self.numbered(1))
+    }
+
     fn rotate(&mut self) -> io::Result<()> {
         self.file.flush()?;
-        if self.keep == 0 {
-            fs::remove_file(&self.path)?;
-        } else {
-            for number in (1..self.keep).rev() {
-                let from = self.numbered(number);
-                if from.exists() {
-                    fs::rename(from, self.numbered(number + 1))?;
-                }
-            }
-            fs::rename(&self.path, self.numbered(1))?;
+        // Somebody may have taken the file away, or it could not be opened anew before.
+        if self.path.exists() {
+            self.move_on()?;
         }
         let path = self.path.clone();
         *self = Self::open(path, self.max_size, self.keep)?;
@@ -276,6 +286,32 @@ mod tests {
         assert_eq!(words, [&client, "FetchAdd", "39992", "8", "Done"]);
     }
 
+    /// As somebody does who makes room on a disk by hand.
+    #[test]
+    fn a_file_that_was_taken_away_comes_back_at_the_next_rotation() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let path = folder.path().join("space.log");
+        for keep in [0, 2] {
+            let mut files = Files::open(path.clone(), 500, keep).expect("opened");
+            let entry = Entry {
+                time_ns: 0,
+                client: 0,
+                operation: Operation::Ping,
+                offset: 0,
+                len: 0,
+                status: Status::Done,
+            };
+            files.write(&entry).expect("written");
+            fs::remove_file(&path).expect("there");
+            for _ in 0..20 {
+                files.write(&entry).expect("written");
+            }
+            files.flush().expect("written");
+            let text = fs::read_to_string(&path).expect("there again");
+            assert!(!text.is_empty() && text.len() <= 500);
+        }
+    }
+
     #[test]
     fn what_cannot_be_written_is_counted() {
         let folder = tempfile::tempdir().expect("a folder");
@@ -285,6 +321,11 @@ mod tests {
             keep: 2,
         };
         assert!(Log::start(&config, "a", Arc::default()).is_err());
+        let no_file = OperationLog {
+            path: folder.path().into(),
+            ..config.clone()
+        };
+        assert!(Log::start(&no_file, "a", Arc::default()).is_err());
         let full = OperationLog {
             path: "/dev/full".into(),
             ..config
