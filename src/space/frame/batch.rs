@@ -104,6 +104,7 @@ pub fn items(
     let parse = move |index| {
         let (raw, behind) =
             RawItem::ref_from_prefix(rest).map_err(|_| FrameError::Item { index })?;
+        super::check_zero("item", &raw.zero)?;
         let (bytes, behind) =
             padded(behind, raw.body_len.get()).ok_or(FrameError::Item { index })?;
         rest = behind;
@@ -154,6 +155,7 @@ pub fn item_results(
     let parse = move |index| {
         let (raw, behind) =
             RawItemResult::ref_from_prefix(rest).map_err(|_| FrameError::Item { index })?;
+        super::check_zero("item's result", &raw.zero)?;
         let (bytes, behind) = padded(behind, raw.len.get()).ok_or(FrameError::Item { index })?;
         rest = behind;
         check_rest(index, count, rest)?;

@@ -121,6 +121,12 @@ pub enum FrameError {
         /// What it has to be.
         expected: u64,
     },
+    /// Bytes that have no meaning yet, and are not zero.
+    #[error("reserved bytes of the {what} are not zero")]
+    Reserved {
+        /// Of what.
+        what: &'static str,
+    },
     /// A length beyond any frame.
     #[error("{what} of {len}, at most {most}")]
     TooLong {
@@ -293,6 +299,13 @@ fn check_seal(what: &'static str, bytes: &[u8]) -> Result<(), FrameError> {
     compare(what, crc32c(&bytes[..end]), u32::from_le_bytes(stated))
 }
 
+fn check_zero(what: &'static str, reserved: &[u8]) -> Result<(), FrameError> {
+    if reserved.iter().all(|byte| *byte == 0) {
+        return Ok(());
+    }
+    Err(FrameError::Reserved { what })
+}
+
 fn compare(what: &'static str, computed: u32, stated: u32) -> Result<(), FrameError> {
     if computed == stated {
         return Ok(());
@@ -375,6 +388,8 @@ impl RequestHeader {
     pub fn decode(bytes: &[u8; REQUEST_BYTES]) -> Result<RequestHeader, FrameError> {
         let raw: &RawRequest = zerocopy::transmute_ref!(bytes);
         check_seal("request", bytes)?;
+        check_zero("request", &raw.zero)?;
+        check_zero("request", &[raw.flags])?;
         let request = Request {
             id: raw.id.get(),
             epoch: raw.epoch.get(),
@@ -474,6 +489,7 @@ impl ReplyHeader {
     pub fn decode(bytes: &[u8; REPLY_BYTES]) -> Result<ReplyHeader, FrameError> {
         let raw: &RawReply = zerocopy::transmute_ref!(bytes);
         check_seal("reply", bytes)?;
+        check_zero("reply", &raw.zero)?;
         let body_len = raw.body_len.get();
         if u64::from(body_len) > MAX_REPLY_BODY {
             return Err(FrameError::TooLong {

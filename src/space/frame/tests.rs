@@ -94,6 +94,29 @@ fn requests_and_replies_come_back_as_they_were() {
     }
 }
 
+/// What a later version may put there is not passed over by this one.
+#[test]
+fn reserved_bytes_are_zero() {
+    for at in 33..40 {
+        let mut bytes = request(Operation::Read, 8).encode(b"");
+        bytes[at] = 1;
+        seal(&mut bytes);
+        let refused = RequestHeader::decode(&bytes);
+        assert!(matches!(refused, Err(FrameError::Reserved { .. })), "{at}");
+    }
+    let mut item = Vec::new();
+    Item {
+        operation: Operation::Read,
+        offset: 0,
+        len: 8,
+        body: b"",
+    }
+    .append_to(&mut item);
+    item[17] = 1;
+    let refused = items(1, &item).expect("one").next();
+    assert!(matches!(refused, Some(Err(FrameError::Reserved { .. }))));
+}
+
 #[test]
 fn bodies_fit_their_operations() {
     for (operation, len, body) in [
