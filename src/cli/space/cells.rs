@@ -107,11 +107,17 @@ fn chain(error: &dyn std::error::Error) -> String {
     text
 }
 
+/// The beginning of a server's words, without what a terminal would obey.
+fn plain(text: &str, most: usize) -> String {
+    let words = text.chars().filter(|c| !c.is_control());
+    words.take(most).collect()
+}
+
 fn row(name: &str, status: &SpaceStatus) -> [String; 9] {
     [
         name.to_owned(),
-        status.incarnation.chars().take(8).collect(),
-        status.durability.clone(),
+        plain(&status.incarnation, 8),
+        plain(&status.durability, 16),
         status.clients.to_string(),
         status.operations.to_string(),
         status.changes.to_string(),
@@ -119,4 +125,15 @@ fn row(name: &str, status: &SpaceStatus) -> [String; 9] {
         ByteSize(status.written_bytes).to_string(),
         status.refused.to_string(),
     ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_server_does_not_command_the_terminal() {
+        assert_eq!(plain("me\u{1b}[2Jm\u{9b}o\nry", 16), "me[2Jmory");
+        assert_eq!(plain("replicated", 4), "repl");
+    }
 }

@@ -116,8 +116,10 @@ impl Loop {
 
     /// Gives what came back from other servers to who waits for it.
     pub(super) fn errands_done(&mut self) {
+        let mut served = Vec::new();
         while let Some(done) = self.core.nbd.next_done() {
             let key = Key::from_bits(done.connection);
+            served.push(key);
             let Some(connection) = self.connections.get_mut(key) else {
                 continue;
             };
@@ -127,9 +129,11 @@ impl Loop {
             connection
                 .speaks
                 .completed(&done, &self.core, &mut connection.out);
-            self.go_on(key);
+            if let Err(error) = self.flush(key) {
+                self.close(key, &error.to_string());
+            }
         }
-        for key in self.core.nbd.take_waiting() {
+        for key in self.core.nbd.take_waiting(&served) {
             self.go_on(key);
         }
     }

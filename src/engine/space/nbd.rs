@@ -9,7 +9,6 @@
 //! I1: units with the gateway, and their bytes, are bounded over all connections; beyond it
 //!     a session waits and is asked again at the next completion.
 
-use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -45,8 +44,8 @@ pub(crate) struct Nbd {
     serial: u64,
     /// Units with the gateway, and their bytes.
     out: (u64, u64),
-    /// Connections that wait for any completion.
-    waiting: BTreeSet<Key>,
+    /// Connections that wait for any completion, by age.
+    waiting: Vec<Key>,
 }
 
 /// The exports of the server at `position`; with a way to the others all of theirs too.
@@ -94,7 +93,7 @@ impl Nbd {
             clients: 0,
             serial: 0,
             out: (0, 0),
-            waiting: BTreeSet::new(),
+            waiting: Vec::new(),
         }
     }
 
@@ -111,9 +110,23 @@ impl Nbd {
         Some(done)
     }
 
-    /// Connections that are to be asked again.
-    pub(super) fn take_waiting(&mut self) -> BTreeSet<Key> {
-        std::mem::take(&mut self.waiting)
+    /// Connections that are to be asked again, in this order, after those in `served` had
+    /// something completed: whoever waits has what became free before them, or a few busy
+    /// ones would keep it for good.
+    pub(super) fn take_waiting(&mut self, served: &[Key]) -> Vec<Key> {
+        let mut order = std::mem::take(&mut self.waiting);
+        for key in served {
+            if !order.contains(key) {
+                order.push(*key);
+            }
+        }
+        order
+    }
+
+    fn wait(&mut self, key: Key) {
+        if !self.waiting.contains(&key) {
+            self.waiting.push(key);
+        }
     }
 }
 
@@ -150,7 +163,7 @@ impl Connected {
             core.nbd.clients -= 1;
         }
         if let Some(key) = self.key {
-            core.nbd.waiting.remove(&key);
+            core.nbd.waiting.retain(|waiting| *waiting != key);
         }
     }
 
@@ -193,7 +206,7 @@ impl Connected {
             Next::Input(needs) if advanced.consumed == 0 => Taken::Needs(needs),
             Next::Input(_) => Taken::Bytes(advanced.consumed),
             Next::Completion => {
-                core.nbd.waiting.insert(key);
+                core.nbd.wait(key);
                 Taken::Waits(advanced.consumed)
             }
             Next::Close(None) => Taken::Farewell,
@@ -358,5 +371,27 @@ impl Backing for Segment<'_> {
             into.push(Extent { len, hole });
             at += len;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_waits_goes_before_who_was_just_served() {
+        let server = |name: &str, port: u16| crate::space::Server {
+            name: name.parse().expect("a name"),
+            address: format!("h:{port}").parse().expect("an address"),
+        };
+        let map = SpaceMap::new(4096, vec![server("a", 1), server("b", 2)]).expect("a map");
+        let mut nbd = Nbd::new(&map, 0, None, None);
+        let key = Key::from_bits;
+        for bits in [9, 4, 9, 7] {
+            nbd.wait(key(bits));
+        }
+        let order = nbd.take_waiting(&[key(2), key(4), key(2)]);
+        assert_eq!(order, [9, 4, 7, 2].map(key));
+        assert!(nbd.take_waiting(&[]).is_empty());
     }
 }
