@@ -115,7 +115,7 @@ impl Space {
                     let bytes = dial::send(fd, first, second, Blocking::No)?;
                     lane.sent(bytes);
                 }
-                if !lane.is_owed() {
+                if !lane.is_owed() || lane.is_over() {
                     // The server ends: nothing is asked over this connection any more.
                     return Ok(false);
                 }

@@ -16,7 +16,8 @@
 //! - I3: what came is put in its place before its checksum is known; the operation is
 //!   answered only after.
 //! - I4: memory is bounded by [`OUT_BYTES`], [`INBOX_BYTES`], one reply's body, and a flight
-//!   for each unanswered request, of which there are at most `limit`.
+//!   for each request since the oldest unanswered one: at most `limit` unanswered ones, and
+//!   [`FLIGHTS`] in all, beyond which the connection is given up.
 //! - I5: runs wait in the order in which they were submitted, also those that had been asked
 //!   for and have to be asked again.
 //!
@@ -42,6 +43,9 @@ const COPIED_BODY: usize = 16 * 1024;
 const INBOX_BYTES: usize = 64 * 1024;
 /// From this length on, what is missing of a body is received where it belongs.
 const DIRECT_BYTES: usize = 32 * 1024;
+
+/// Requests behind one that is never answered, before another connection is made.
+const FLIGHTS: usize = 4 * limits::SPACE_CLIENT_IN_FLIGHT as usize;
 
 /// A part of an operation that one server has to carry out, not yet asked for.
 #[derive(Clone, Debug)]
@@ -125,6 +129,8 @@ struct Flight {
     piece: Run,
     /// Where it ends among all bytes encoded on this connection.
     end: u64,
+    /// Its caller waits no more.
+    is_given_up: bool,
 }
 
 /// A long body behind `out`.
@@ -154,8 +160,9 @@ pub(super) struct Lane {
     runs: VecDeque<Run>,
     flights: VecDeque<Option<Flight>>,
     base: u64,
-    /// Flights without a reply, and their bytes.
+    /// Flights without a reply, those of them that nobody waits for, and their bytes.
     live: usize,
+    given_up: usize,
     weight: u64,
     limit: usize,
     out: Vec<u8>,
@@ -168,7 +175,8 @@ pub(super) struct Lane {
     inbox_at: Range<usize>,
     arriving: Option<Arriving>,
     scratch: Vec<u8>,
-    /// The server ends: nothing more is sent over this connection.
+    /// Nothing more is asked over this connection: the server ends, or leaves something
+    /// unanswered for good.
     is_closing: bool,
     /// Bytes came since somebody last gave up waiting.
     was_heard: bool,
@@ -184,6 +192,7 @@ impl Lane {
             flights: VecDeque::new(),
             base: 1,
             live: 0,
+            given_up: 0,
             weight: 0,
             limit: 1,
             out: Vec::new(),
@@ -228,9 +237,10 @@ impl Lane {
         self.live > 0
     }
 
-    /// Whether the connection has served its time: the server ends and owes nothing.
+    /// Whether the connection has served its time: nothing is asked over it any more, and
+    /// nobody waits for what it owes.
     pub(super) fn is_over(&self) -> bool {
-        self.is_closing && self.live == 0
+        self.is_closing && self.live == self.given_up
     }
 
     /// Bytes that wait for the socket.
@@ -322,8 +332,12 @@ impl Lane {
             }
             self.live += 1;
             self.weight += piece.weight();
-            let end = self.encoded;
-            self.flights.push_back(Some(Flight { piece, end }));
+            self.flights.push_back(Some(Flight {
+                piece,
+                end: self.encoded,
+                is_given_up: false,
+            }));
+            self.is_closing |= self.flights.len() >= FLIGHTS;
         }
     }
 
@@ -512,12 +526,17 @@ impl Lane {
             }
             None => header.check_body(self.scratch.get(..len).unwrap_or_default())?,
         }
-        let Some(Flight { piece, .. }) = self.flights[arriving.flight].take() else {
+        let flight = self.flights[arriving.flight].take();
+        let Some(Flight {
+            piece, is_given_up, ..
+        }) = flight
+        else {
             return Err(ReplyError::Id {
                 id: header.reply.id,
             });
         };
         self.live -= 1;
+        self.given_up -= usize::from(is_given_up);
         self.weight -= piece.weight();
         while let Some(None) = self.flights.front() {
             self.flights.pop_front();
@@ -580,7 +599,7 @@ impl Lane {
     /// then reads fail too, since asking again would find the same.
     pub(super) fn disconnected(&mut self, operations: &mut Operations, broken: Option<ReplyError>) {
         let mut again = Vec::new();
-        for Flight { piece, end } in self.flights.drain(..).flatten() {
+        for Flight { piece, end, .. } in self.flights.drain(..).flatten() {
             let went = end <= self.taken;
             let why = match (&broken, piece.changes && went) {
                 (None, true) => Failure::Indeterminate {
@@ -613,7 +632,7 @@ impl Lane {
             self.drop_runs_of(operations, ticket);
         }
         self.base = 1;
-        (self.live, self.weight) = (0, 0);
+        (self.live, self.given_up, self.weight) = (0, 0, 0);
         self.out.clear();
         self.out_at = 0;
         self.tail = None;
@@ -634,10 +653,12 @@ impl Lane {
         unsent: &Failure,
     ) -> bool {
         let mut is_silent = false;
-        for Flight { piece, .. } in self.flights.iter().flatten() {
+        for flight in self.flights.iter_mut().flatten() {
+            let piece = &flight.piece;
             if piece.ticket != ticket {
                 continue;
             }
+            self.given_up += usize::from(!std::mem::replace(&mut flight.is_given_up, true));
             is_silent = !self.was_heard;
             let why = if piece.changes {
                 Failure::Indeterminate {

@@ -16,6 +16,8 @@ use server::{Server, Trick, space_of};
 const PATIENT: Duration = Duration::from_secs(30);
 /// Of what is to end by its deadline.
 const SHORT: Duration = Duration::from_millis(200);
+/// Of what is to end by its deadline, where other things have to be done within it.
+const UNHURRIED: Duration = Duration::from_secs(3);
 
 fn client(config: &SpaceConfig, deadline: Duration) -> Space {
     let options = SpaceOptions {
@@ -454,6 +456,28 @@ fn no_reply_is_said_by_the_deadline() {
     space.write(0, &[1]).expect("another connection");
 }
 
+/// What is behind it would be remembered for good.
+#[test]
+fn a_request_that_is_never_answered_costs_its_connection_in_the_end() {
+    let (servers, config) = space_of(1, 4096);
+    let mut space = client(&config, UNHURRIED);
+    space.write(0, &[1]).expect("written");
+    servers[0].plays(|number, _| match number {
+        0 => Trick::Silent,
+        _ => Trick::None,
+    });
+    assert!(matches!(why(space.read(0, &mut [1])), Failure::TimedOut));
+    for _ in 0..100 {
+        let tickets: Vec<_> = (0..50)
+            .map(|_| space.submit_read(0, 1).expect("room"))
+            .collect();
+        for ticket in tickets {
+            assert_eq!(space.wait(ticket).expect("read"), Answer::Bytes(vec![1]));
+        }
+    }
+    assert_eq!(servers[0].greeted(), 2, "another connection was made");
+}
+
 #[test]
 fn a_server_that_ends_is_waited_for() {
     let (servers, mut space) = space(1, 4096);
@@ -498,7 +522,7 @@ fn what_a_server_that_ends_leaves_undone_keeps_its_order() {
 #[test]
 fn what_its_caller_gave_up_is_not_sent_again() {
     let (servers, config) = space_of(1, 4096);
-    let mut space = client(&config, SHORT);
+    let mut space = client(&config, UNHURRIED);
     space.write(0, &[1]).expect("the connection is heard of");
     servers[0].plays(|number, _| match number {
         0 => Trick::SaysLater(Status::Stopping),

@@ -87,7 +87,7 @@ impl Holes {
             .first()
             .map_or(run.start, |one| one.start.min(run.start));
         let end = touched.last().map_or(run.end, |one| one.end.max(run.end));
-        self.known.splice(first..last, [start..end]);
+        self.known.splice(first..last, std::iter::once(start..end));
         if self.known.len() > KNOWN {
             // Short runs, which are found again as fast.
             self.known.clear();

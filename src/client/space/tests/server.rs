@@ -56,6 +56,7 @@ struct Shared {
     tricks: Mutex<Tricks>,
     requests: AtomicU64,
     carried_out: AtomicU64,
+    greeted: AtomicU64,
     connections: Mutex<Vec<TcpStream>>,
     ends: AtomicBool,
 }
@@ -106,6 +107,7 @@ impl Server {
             tricks: Mutex::new(Box::new(|_, _| Trick::None)),
             requests: AtomicU64::new(0),
             carried_out: AtomicU64::new(0),
+            greeted: AtomicU64::new(0),
             connections: Mutex::new(Vec::new()),
             ends: AtomicBool::new(false),
         });
@@ -155,6 +157,13 @@ impl Server {
     }
 }
 
+impl Server {
+    /// Connections that came as far as a greeting.
+    pub(super) fn greeted(&self) -> u64 {
+        self.shared.greeted.load(Ordering::Relaxed)
+    }
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         self.shared.ends.store(true, Ordering::Relaxed);
@@ -199,6 +208,7 @@ fn serve(mut stream: &TcpStream, shared: &Shared) -> std::io::Result<()> {
     let mut hello = [0; HELLO_BYTES];
     stream.read_exact(&mut hello)?;
     Hello::decode(&hello).expect("a greeting");
+    shared.greeted.fetch_add(1, Ordering::Relaxed);
     let welcome = *shared.welcome.lock().expect("whole");
     stream.write_all(&welcome.encode())?;
     if welcome.refusal != Refusal::None {
