@@ -4,11 +4,12 @@
 //! - I1: at most [`AHEAD`] pieces are under way and as many wait, of [`PIECE`] bytes each.
 //! - I2: what is known not to fit is refused before a byte is written: files by their length,
 //!   other input if it ends within the first [`AHEAD`] pieces.
+//! - I3: a file that a read goes to is replaced once all of it came, or not at all.
 
 use std::collections::VecDeque;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io::{self, Read, Write};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use indicatif::ProgressBar;
@@ -48,15 +49,16 @@ pub(super) fn read(args: &ReadArgs) -> anyhow::Result<()> {
     match &args.out {
         Some(path) => {
             let creating = || format!("creating {}", path.display());
-            let file = File::create(path)
+            let target = Target::create(path)
                 .map_err(bad_file)
                 .with_context(creating)?;
             let bar = progress(len);
-            let written = format!("writing {}", path.display());
+            let written = || format!("writing {}", path.display());
             copy_out(&mut space, offset, len, &bar, |bytes| {
-                (&file).write_all(bytes).with_context(|| written.clone())
+                (&target.file).write_all(bytes).with_context(written)
             })
             .with_context(naming)?;
+            target.keep().with_context(written)?;
             bar.finish_and_clear();
             let report = json!({ "offset": offset, "bytes": len, "out": path });
             say(
@@ -83,6 +85,51 @@ pub(super) fn read(args: &ReadArgs) -> anyhow::Result<()> {
             })
             .with_context(naming)?;
             Ok(out.done()?)
+        }
+    }
+}
+
+/// Where a read goes: beside the file that it is to be, until it is whole. What was there
+/// stays as it was if a server fails.
+struct Target {
+    file: File,
+    /// The file beside and the one to be; none where the path is no ordinary file.
+    part: Option<(PathBuf, PathBuf)>,
+}
+
+impl Target {
+    fn create(path: &Path) -> io::Result<Self> {
+        let there = fs::metadata(path).ok();
+        if there.as_ref().is_some_and(|there| !there.is_file()) {
+            let file = File::create(path)?;
+            return Ok(Self { file, part: None });
+        }
+        // Behind links, which stay.
+        let whole = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+        let mut beside = whole.clone().into_os_string();
+        beside.push(".part");
+        let beside = PathBuf::from(beside);
+        let file = File::create(&beside)?;
+        if let Some(there) = there {
+            file.set_permissions(there.permissions())?;
+        }
+        let part = Some((beside, whole));
+        Ok(Self { file, part })
+    }
+
+    fn keep(mut self) -> io::Result<()> {
+        match self.part.take() {
+            Some((beside, whole)) => fs::rename(beside, whole),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if let Some((beside, _)) = &self.part {
+            // What is left of it says by its name that it is not whole.
+            let _ = fs::remove_file(beside);
         }
     }
 }

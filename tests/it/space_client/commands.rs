@@ -125,6 +125,8 @@ fn a_stream_longer_than_what_is_under_way_comes_back_the_same() {
     let line = format!("{line} --json --out {}", file.display());
     assert_eq!(json(&servers, &line, b"")["bytes"], bytes.len());
     assert!(std::fs::read(&file).expect("the copy") == bytes);
+    // What is no ordinary file is written to as it is.
+    good(&servers, "read --len 5 --out /dev/null", b"");
     let line = format!("write --file {}", file.display());
     good(&servers, &line, b"");
     assert!(good(&servers, "read --len 40MiB", b"") == bytes);
@@ -185,6 +187,13 @@ fn a_server_that_is_not_there_is_named() {
         assert!(said.contains(part), "{part}: {said}");
     }
     assert!(!said.contains("server s0"), "{said}");
+    // The copy of yesterday is not given up for half a new one.
+    let file = servers.folder().join("copy.img");
+    std::fs::write(&file, b"yesterday").expect("written");
+    let line = format!("read --deadline 200 --out {}", file.display());
+    refused(&servers, &line, b"", 1);
+    assert_eq!(std::fs::read(&file).expect("there"), b"yesterday");
+    assert!(!servers.folder().join("copy.img.part").exists());
     let stat = run(&servers, "stat --json --deadline 200", b"");
     assert_eq!(stat.status.code(), Some(1));
     let stat: Value = serde_json::from_slice(&stat.stdout).expect("JSON");
