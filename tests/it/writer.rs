@@ -290,18 +290,21 @@ impl WriterProcess {
         }
     }
 
-    /// The last step that a running writer reports within `time`.
+    /// The last step that a running writer reports within `time`; on a machine that lets it
+    /// wait for longer, the first one after.
     #[track_caller]
     pub(crate) fn steps_within(&self, time: Duration) -> u64 {
-        let deadline = Instant::now() + time;
+        let begun = Instant::now();
         let mut last = None;
         loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            match self.reports.recv_timeout(left) {
-                Ok(Report::Stored { step }) => last = Some(step),
-                Ok(other) => panic!("unexpected report {other:?}"),
-                Err(RecvTimeoutError::Timeout) => return last.expect("the writer runs"),
-                Err(RecvTimeoutError::Disconnected) => panic!("the writer ended"),
+            let time = last.map_or(PATIENCE, |_| time);
+            let left = time.saturating_sub(begun.elapsed());
+            match (self.reports.recv_timeout(left), last) {
+                (Ok(Report::Stored { step }), _) => last = Some(step),
+                (Ok(other), _) => panic!("unexpected report {other:?}"),
+                (Err(RecvTimeoutError::Timeout), Some(last)) => return last,
+                (Err(RecvTimeoutError::Timeout), None) => panic!("the writer stands still"),
+                (Err(RecvTimeoutError::Disconnected), _) => panic!("the writer ended"),
             }
         }
     }
