@@ -254,8 +254,15 @@ fn unregistering_behind_the_engines_back_is_an_alarm_within_seconds() {
 
 #[test]
 fn a_writer_that_becomes_another_program_is_noticed() {
+    becomes_another_program(Mode::Async);
+    if super::exact::may_be_exact() {
+        becomes_another_program(Mode::Sync);
+    }
+}
+
+fn becomes_another_program(mode: Mode) {
     for keep in [false, true] {
-        let mut watched = watched(RARE);
+        let mut watched = Watched::new(MIB, mode, Publish::Timer, RARE);
         watched.store(pages(9), b"the last words");
         watched.writer.send(&Order::Do(Deed::Exec { keep }));
         let kinds = [LossKind::WriterReplaced, LossKind::LinkEnded];
