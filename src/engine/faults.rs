@@ -50,7 +50,8 @@ const STARVED_PAUSE: Duration = Duration::from_millis(1);
 const PAGE: usize = PAGE_SIZE as usize;
 /// Writers of one region.
 const WRITERS: usize = limits::MAX_WRITERS as usize;
-/// Changes that wait for the thread: each writer may have left and joined again.
+/// Changes that wait for the thread: writers that join come from a part of it only, so that
+/// there is room for all to leave, however often some come and go during a long cut.
 const CHANGES: usize = 4 * WRITERS;
 
 /// A fault thread that could not be started.
@@ -66,7 +67,7 @@ pub(super) enum FaultThreadError {
     #[error("cannot start a fault thread")]
     Thread(#[source] std::io::Error),
     /// Writers join and leave faster than the thread takes notice of.
-    #[error("a fault thread has not yet taken notice of {CHANGES} writers that came or went")]
+    #[error("a fault thread has not yet taken notice of {WRITERS} writers that came or went")]
     Busy,
 }
 
@@ -246,6 +247,9 @@ impl FaultThread {
         writing: Writing,
         is_armed: bool,
     ) -> Result<(), FaultThreadError> {
+        if self.traffic.changes.len() >= WRITERS {
+            return Err(FaultThreadError::Busy);
+        }
         let newcomer = Box::new(Newcomer {
             slot: slot as usize,
             source: Source::new(writing),

@@ -575,3 +575,57 @@ fn a_thread_that_breaks_says_so_and_frees_the_writers() {
         assert!(Instant::now() < deadline, "the writers stand still");
     }
 }
+
+#[test]
+fn whoever_came_may_leave_however_many_come_and_go_during_a_cut() {
+    static ENTERED: AtomicBool = AtomicBool::new(false);
+    static GO_ON: AtomicBool = AtomicBool::new(false);
+    let long_cut: Make = |_, _, _| {
+        ENTERED.store(true, Ordering::Release);
+        while !GO_ON.load(Ordering::Acquire) {
+            std::thread::yield_now();
+        }
+        Err(Lost::Ended)
+    };
+    if or_skip("userfaultfd", Uffd::open_sync()).is_none() {
+        return;
+    }
+    let region = memfd::create("crowd-test", PAGE_SIZE).expect("memfd");
+    let mapping = Mapping::shared(&region, PAGE_SIZE, Access::ReadOnly).expect("map");
+    let content = Content {
+        memory: SharedMemory::new(mapping),
+        fd: region,
+    };
+    let board = Arc::new(Board::with_slots(PAGE_SIZE, 1).expect("a board"));
+    let faults = FaultThread::run_with(&board, content, Vec::new(), true, long_cut);
+    let faults = faults.expect("a thread");
+    faults.ask(true);
+    let deadline = Instant::now() + PATIENCE;
+    while !ENTERED.load(Ordering::Acquire) {
+        assert!(Instant::now() < deadline, "the cut does not begin");
+        std::thread::yield_now();
+    }
+    let (mut refused, mut members) = (0, Vec::new());
+    for round in 0..20 * WRITERS {
+        let slot = (round % WRITERS) as u32;
+        let uffd = Uffd::open_sync().expect("as before");
+        match faults.join(slot, Writing { uffd, base: 0 }, true) {
+            Ok(()) => members.push(slot),
+            Err(error) => {
+                assert!(matches!(error, FaultThreadError::Busy), "{error}");
+                refused += 1;
+            }
+        }
+        // Every second one goes at once; at most as many as there may be stay.
+        if round % 2 == 0 || members.len() == WRITERS {
+            for slot in members.drain(..) {
+                faults.leave(slot).expect("it came, and so it may go");
+            }
+        }
+    }
+    for slot in members {
+        faults.leave(slot).expect("it came, and so it may go");
+    }
+    assert!(refused > 0, "all came in, and nothing was tried");
+    GO_ON.store(true, Ordering::Release);
+}
