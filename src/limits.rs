@@ -128,8 +128,12 @@ limits! {
     MAX_NBD_OPTION = 64 * KIB, Bytes;
     /// Options of one NBD client before it has to have chosen an export; real ones send five.
     MAX_NBD_OPTIONS = 256, Count;
-    /// Queries for metadata contexts in one option; there is one context.
+    /// Queries for metadata contexts in one option.
     MAX_NBD_QUERIES = 64, Count;
+    /// Parts of a region whose last change is kept for NBD clients, 8 bytes each; pages, up to a region of 4 GiB.
+    MAX_CHANGE_GRAINS = 1024 * 1024, Count;
+    /// Metadata contexts that one NBD client has answered at once; real ones ask for two.
+    MAX_NBD_CONTEXTS = 8, Count;
     /// Bytes that a long NBD request is carried out by at a time; whole stripes.
     NBD_PIECE = 4 * SPACE_STRIPE, Bytes;
     /// Bytes of a range that is zeroed at a time; nothing of it is sent or staged.
@@ -148,8 +152,12 @@ limits! {
     NBD_STAGED_BY_ALL = 64 * MIB, Bytes;
     /// Units of all NBD connections of a server that wait for other servers.
     MAX_NBD_ERRANDS = 4096, Count;
-    /// NBD connections to one server of a space.
+    /// Places where one process serves NBD clients.
+    MAX_NBD_PLACES = 16, Count;
+    /// NBD connections to one process, whatever they have chosen.
     MAX_NBD_CLIENTS = 256, Count;
+    /// Exports that NBD figures are shown of; more than clients can be connected to.
+    MAX_NBD_FIGURES = 512, Count;
     /// Replicas following one region.
     MAX_REPLICAS = 64, Count;
     /// Replicas whose acknowledged epochs stand in the control page.
@@ -433,6 +441,10 @@ const _: () = {
     assert!(
         MAX_WRITERS <= 32,
         "the control page has a line of words for each writer"
+    );
+    assert!(
+        MAX_NBD_FIGURES > MAX_NBD_CLIENTS,
+        "an export that is in use is not forgotten"
     );
     assert!(
         NBD_PIECE.is_multiple_of(SPACE_STRIPE) && NBD_ZERO_PIECE.is_multiple_of(SPACE_STRIPE),

@@ -42,6 +42,7 @@ fn below(room: &str) -> Option<&'static [&'static str]> {
             "client",
             "engine",
             "space",
+            "nbd",
             "duplex",
             "ordered",
             "replicate",

@@ -12,7 +12,7 @@ use clap_complete::Shell;
 use super::channel::args::{ChannelCommand, EXAMPLES as CHANNEL_EXAMPLES};
 use super::space::args::{EXAMPLES as SPACE_EXAMPLES, SpaceCommand};
 use super::var::args::{EXAMPLES as VAR_EXAMPLES, VarCommand, VarPartyArgs};
-use crate::node::space::NbdPlace;
+use crate::node::NbdPlace;
 use crate::units::ByteSize;
 use crate::wire::follow::FollowSpec;
 use crate::words::{Mode, Publish, RegionName};
@@ -148,7 +148,7 @@ pub struct ServeArgs {
     /// which `status` shows
     #[arg(long, value_name = "ADDR:PORT")]
     pub listen: Option<SocketAddr>,
-    /// Allows --listen and --metrics beyond loopback, where nothing encrypts or authenticates
+    /// Allows --listen, --metrics and --nbd beyond loopback, where nothing encrypts or authenticates
     #[arg(long)]
     pub insecure: bool,
     /// Keeps a replica of another node's region; may be given several times
@@ -170,9 +170,9 @@ pub struct ServeArgs {
     /// default control socket, named by the map's digest and the server]
     #[arg(long, value_name = "PATH", requires = "space")]
     pub space_socket: Option<PathBuf>,
-    /// Serves the space to NBD clients there, as exports all and server-0, server-1 and so
-    /// on; may be given several times
-    #[arg(long, value_name = "tcp://HOST[:PORT]|unix:PATH", requires = "space")]
+    /// Serves NBD clients there: each region by name, read only, and with --space the
+    /// space as exports all and server-0, server-1 and so on; may be given several times
+    #[arg(long, value_name = "tcp://HOST[:PORT]|unix:PATH")]
     pub nbd: Vec<NbdPlace>,
     /// Begins the segment with what this replica has of the server's life before, and goes
     /// on with that life; given once for each replica, it takes the newest

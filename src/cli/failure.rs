@@ -15,9 +15,9 @@ use std::process::ExitCode;
 use crate::client::ClientError;
 use crate::client::channel::ChannelError;
 use crate::client::space::{self, Failure};
-use crate::node::ConfigError;
 use crate::node::space::SpaceError as LendError;
 use crate::node::space_file::SpaceFileError;
+use crate::node::{ConfigError, NbdError, NodeError};
 use crate::sys::SysError;
 use crate::units::OutOfRange;
 use crate::wire::control::RefusalCode;
@@ -87,12 +87,21 @@ fn remedy(error: &anyhow::Error) -> Option<&'static str> {
         .find_map(|cause| cause.downcast_ref::<SysError>()?.remedy)
 }
 
+/// Whether NBD clients cannot be served at the place that was asked for.
+fn is_bad_place(error: &NodeError) -> bool {
+    matches!(
+        error,
+        NodeError::Nbd(NbdError::Address { .. } | NbdError::Exposed { .. })
+    )
+}
+
 fn code(error: &anyhow::Error) -> u8 {
     for cause in error.chain() {
         let bad_input = cause.is::<BadInput>()
             || cause.is::<OutOfRange>()
             || cause.is::<ConfigError>()
             || cause.is::<SpaceFileError>()
+            || cause.downcast_ref::<NodeError>().is_some_and(is_bad_place)
             || cause
                 .downcast_ref::<LendError>()
                 .is_some_and(LendError::is_bad_input)

@@ -14,7 +14,7 @@ use super::args::ServeArgs;
 use super::demo::children::on_end_of_input;
 use crate::client::space::{Gateway, SpaceOptions};
 use crate::engine::space::Errands;
-use crate::node::space::{NbdPlace, SpaceFlags};
+use crate::node::space::SpaceFlags;
 use crate::node::{self, ConfigSource, NodeConfig, NodeFlags};
 use crate::sys::process::PidFd;
 use crate::wire::follow::FollowSpec;
@@ -22,7 +22,7 @@ use crate::wire::follow::FollowSpec;
 /// Runs a node until it is told to end.
 pub(super) fn run(args: ServeArgs, socket: Option<PathBuf>) -> anyhow::Result<()> {
     let until_eof = args.until_eof;
-    let source = ConfigSource {
+    let mut source = ConfigSource {
         file: args.config,
         flags: NodeFlags {
             name: args.name.map(|name| name.as_str().to_owned()),
@@ -32,17 +32,21 @@ pub(super) fn run(args: ServeArgs, socket: Option<PathBuf>) -> anyhow::Result<()
             metrics: args.metrics,
             follow: args.follow,
             log: args.log,
-            space: space_of(
-                (args.space, args.server),
-                args.space_socket,
-                args.nbd,
-                args.recover,
-            )?,
+            space: space_of((args.space, args.server), args.space_socket, args.recover),
+            nbd: args.nbd,
         },
     };
     // Read here for the log and the socket's folder; the node reads it for the rest.
     let config = source.load()?;
     let log = start_log(&config.log)?;
+    if let Some(space) = source
+        .flags
+        .space
+        .as_mut()
+        .filter(|_| !config.nbd.is_empty())
+    {
+        space.errands = Some(Errands::new().context("serving NBD")?);
+    }
     let beside = source.flags.space.as_ref();
     if config.socket == node::default_socket() || beside.is_some_and(|it| it.socket.is_none()) {
         make_default_folder()?;
@@ -69,22 +73,17 @@ fn space_of(
     nbd: Vec<NbdPlace>,
     recover: Vec<FollowSpec>,
 ) -> anyhow::Result<Option<SpaceFlags>> {
+    recover: Option<FollowSpec>,
+) -> Option<SpaceFlags> {
     // Neither is given without the other.
-    let Some((file, server)) = file.zip(server) else {
-        return Ok(None);
-    };
-    let errands = match nbd.is_empty() {
-        true => None,
-        false => Some(Errands::new().context("serving NBD")?),
-    };
-    Ok(Some(SpaceFlags {
+    let (file, server) = file.zip(server)?;
+    Some(SpaceFlags {
         file,
         server,
         socket,
         recover,
-        nbd,
-        errands,
-    }))
+        errands: None,
+    })
 }
 
 /// What brings NBD clients to the other servers of the space.

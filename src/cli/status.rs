@@ -11,7 +11,8 @@ use crate::client::Node;
 use crate::sys::process::realtime_ns;
 use crate::units::ByteSize;
 use crate::wire::control::{
-    AuditStatus, ExactStatus, HotStatus, NodeStatus, RegionStatus, Role, SpaceStatus,
+    AuditStatus, ExactStatus, HotStatus, NbdExportStatus, NbdStatus, NodeStatus, RegionStatus,
+    Role, SpaceStatus,
 };
 
 /// Shows the whole node.
@@ -26,6 +27,14 @@ pub(super) fn run(report: Report, node: &NodeAt) -> anyhow::Result<()> {
     if let Some(space) = &status.space {
         out.line("")?;
         out.table(&space_table(space))?;
+    }
+    if let Some(nbd) = &status.nbd {
+        out.line("")?;
+        out.table(&nbd_table(nbd))?;
+        if !nbd.exports.is_empty() {
+            out.line("")?;
+            out.table(&exports_table(&nbd.exports))?;
+        }
     }
     if !status.regions.is_empty() {
         out.line("")?;
@@ -85,6 +94,36 @@ fn space_table(space: &SpaceStatus) -> Table {
         ("log lines", grouped(space.log_lines)),
         ("log dropped", grouped(space.log_dropped)),
     ])
+}
+
+/// NBD clients of a node.
+fn nbd_table(nbd: &NbdStatus) -> Table {
+    pairs([
+        ("NBD clients", nbd.clients.to_string()),
+        ("turned away", grouped(nbd.turned_away)),
+        ("hung up on", grouped(nbd.broken)),
+    ])
+}
+
+/// What they have chosen, one export per line.
+fn exports_table(exports: &[NbdExportStatus]) -> Table {
+    let mut rows = table([
+        ("EXPORT", Align::Left),
+        ("CONNECTED", Align::Right),
+        ("EVER", Align::Right),
+        ("REQUESTS", Align::Right),
+        ("ERRORS", Align::Right),
+    ]);
+    for export in exports {
+        rows.add_row([
+            export.name.clone(),
+            export.connections.to_string(),
+            grouped(export.connected),
+            grouped(export.requests),
+            grouped(export.errors),
+        ]);
+    }
+    rows
 }
 
 /// All regions, one per line.

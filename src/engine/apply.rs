@@ -17,11 +17,12 @@ use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use super::Engine;
+use super::exports;
+use super::held::save_pages;
 use super::keys::Key;
 use super::peers::{PING, Phase, Side};
 use super::regions::{Body, Reader, RegionEntry};
 use super::requests::chain;
-use super::sources::save_pages;
 use super::timers::Timer;
 use crate::checksum::{Digest, digest, digest_of_zeros};
 use crate::limits;
@@ -613,6 +614,13 @@ impl RegionEntry {
         self.kind = kind;
         replica.busy = false;
         self.control.set_syncing(false);
+        match goes_on {
+            true => exports::note(&self.changes, epoch, &extents),
+            false => {
+                let sizes = (self.size, self.max_size);
+                exports::renew(&mut self.changes, (generation, epoch), sizes);
+            }
+        }
         let watched = !self.readers.is_empty();
         self.control.publish(epoch, kind, source_time_ns, watched);
         if watched {

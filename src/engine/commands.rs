@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use crossbeam_queue::ArrayQueue;
 
+use super::exports::Exported;
 use super::keys::Key;
 use crate::limits;
 use crate::sys::SysError;
@@ -43,6 +44,8 @@ pub(crate) enum Command {
     Resolved(Key, Result<Vec<SocketAddr>, std::io::Error>),
     /// Put the status here and wake the thread that waits for it.
     Status(Arc<ArrayQueue<NodeStatus>>, Thread),
+    /// Put the regions here and wake the thread that waits for them.
+    Regions(Arc<ArrayQueue<Vec<Exported>>>, Thread),
     /// Drain and end.
     Stop,
 }
@@ -104,13 +107,26 @@ impl Commands {
 
     /// The node's state, asked of the engine; none if it does not answer in time.
     pub fn status(&self, deadline: Duration) -> Option<NodeStatus> {
+        self.ask(Command::Status, deadline)
+    }
+
+    /// The node's regions, asked of the engine; none if it does not answer in time.
+    pub fn regions(&self, deadline: Duration) -> Option<Vec<Exported>> {
+        self.ask(Command::Regions, deadline)
+    }
+
+    fn ask<A>(
+        &self,
+        question: impl FnOnce(Arc<ArrayQueue<A>>, Thread) -> Command,
+        deadline: Duration,
+    ) -> Option<A> {
         let answer = Arc::new(ArrayQueue::new(1));
         let until = Instant::now() + deadline;
-        self.send(Command::Status(Arc::clone(&answer), std::thread::current()))
-            .ok()?;
+        let command = question(Arc::clone(&answer), std::thread::current());
+        self.send(command).ok()?;
         loop {
-            if let Some(status) = answer.pop() {
-                return Some(status);
+            if let Some(answer) = answer.pop() {
+                return Some(answer);
             }
             std::thread::park_timeout(until.checked_duration_since(Instant::now())?);
         }

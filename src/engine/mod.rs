@@ -23,13 +23,16 @@ mod control;
 mod crew;
 mod cuts;
 mod dial;
+mod exports;
 mod faults;
 mod framing;
 mod hand_over;
+mod held;
 mod idle;
 mod inbound;
 mod keys;
 mod losses;
+mod nbd_figures;
 mod peers;
 mod regions;
 mod requests;
@@ -53,8 +56,10 @@ use commands::Command;
 pub use commands::{CommandError, Commands, Tunables};
 use control::ControlConnection;
 use cuts::WaitsForCut;
+pub use exports::{Changes, Exported};
 use idle::Idle;
 use keys::{Key, Keyed};
+pub use nbd_figures::{Counted, NbdFigures, Seat};
 use peers::Peer;
 use regions::RegionEntry;
 use space::SpaceWatch;
@@ -95,6 +100,9 @@ pub struct Settings {
     pub variables: Option<SyncSender<OwnedFd>>,
     /// The segment that this process lends, once it does; for the status.
     pub space: Arc<OnceLock<SpaceWatch>>,
+    /// What NBD clients do, where regions are exported to them; for the status, and a
+    /// reason to keep what was changed when.
+    pub nbd: Option<Arc<NbdFigures>>,
     /// What can change later.
     pub tunables: Tunables,
 }
@@ -549,6 +557,10 @@ impl Engine {
                 Command::Resolved(key, addresses) => self.resolved(key, addresses),
                 Command::Status(answer, waiting) => {
                     let _ = answer.push(self.status());
+                    waiting.unpark();
+                }
+                Command::Regions(answer, waiting) => {
+                    let _ = answer.push(self.exported());
                     waiting.unpark();
                 }
                 Command::Stop => self.begin_stop(),

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::apply::Replica;
+use super::exports::Changes;
 use super::keys::Key;
 use super::losses::Losses;
 use super::tracked::Tracked;
@@ -40,6 +41,8 @@ pub(super) struct RegionEntry {
     pub(super) readers: Vec<Reader>,
     pub(super) body: Body,
     pub(super) statistics: Statistics,
+    /// What was changed since when, where that is offered.
+    pub(super) changes: Option<Arc<Changes>>,
     /// Whether it stands in the queue of regions with work.
     pub(super) queued: bool,
     /// Earliest timer set for it.

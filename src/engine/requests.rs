@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use super::Engine;
+use super::exports::Changes;
 use super::keys::Key;
 use super::regions::{Body, Reader, RegionEntry};
 use crate::limits;
@@ -223,6 +224,9 @@ impl Engine {
             .unwrap_or(0);
         let mut publication = Publication::new(handle, new.generation, epoch, new.size);
         publication.set_max_size(new.max_size);
+        let offered = self.settings.nbd.is_some();
+        let sizes = (new.size, new.max_size);
+        let changes = offered.then(|| Changes::new(new.generation, epoch, sizes));
         // Before its first epoch a region has nothing that followers may see.
         publication.set_busy(!matches!(new.body, Body::Held(_)));
         RegionEntry {
@@ -243,6 +247,7 @@ impl Engine {
             readers: Vec::new(),
             body: new.body,
             statistics: Default::default(),
+            changes: changes.flatten(),
             queued: false,
             timer: None,
         }

@@ -1,12 +1,13 @@
 //! Regions that are written on this node: hand-over, captures, epochs, the writer's end.
 
-use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::crew::{Crew, new_doorbell};
 use super::faults::{Content, FaultThread, Writing};
+use super::exports;
+use super::faults::{FaultThread, Writing};
 use super::hand_over::{Parts, check_mapping, check_mode, check_writer, open_control};
 use super::keys::Key;
 use super::losses::{Losses, kind_of_lost, printable};
@@ -23,11 +24,10 @@ use crate::region::RegionKind;
 use crate::replicate::CaptureInfo;
 use crate::shm::SharedMemory;
 use crate::sys::map::{Access, Mapping};
-use crate::sys::process::realtime_ns;
+use crate::sys::memfd;
 use crate::sys::ring::Op;
-use crate::sys::{SysError, memfd};
-use crate::track::{Attachment, ExtentSet, Interval, Source, Tracker, Twin, WhenFull};
-use crate::units::{PAGE_SIZE, page_of, pages_for};
+use crate::track::{Attachment, Interval, Source, Tracker, Twin};
+use crate::units::{PAGE_SIZE, pages_for};
 use crate::wire::control::{HandOver, RefusalCode, Response};
 use crate::words::{EpochKind, Generation, LossKind, Mode, Publish, RegionName, WriteKind};
 
@@ -576,14 +576,14 @@ impl Engine {
                 kind,
                 source_time_ns,
             };
+            let extents = &captured.extents;
+            exports::note(&entry.changes, entry.epoch, extents);
             entry.control.publish_begin();
             let watched = !entry.readers.is_empty();
             entry
                 .control
                 .publish(entry.epoch, kind, source_time_ns, watched);
-            entry
-                .publication
-                .captured(info, &captured.extents, &tracked.twin);
+            entry.publication.captured(info, extents, &tracked.twin);
         }
         let stretch = self.idle.stretch();
         tracked.schedule(cost, captured.dirty_pages, stretch, Instant::now());
@@ -625,64 +625,6 @@ impl Engine {
         } else {
             self.set_region_timer(key);
         }
-    }
-
-    /// Gives a region that this node holds `size` bytes, which it has room for, as one
-    /// epoch.
-    pub(super) fn grow_held(&mut self, key: Key, size: u64) -> Result<(), SysError> {
-        let Some(entry) = self.regions.get_mut(key) else {
-            return Ok(());
-        };
-        let Body::Held(memory) = &mut entry.body else {
-            return Ok(());
-        };
-        if size <= entry.size {
-            return Ok(());
-        }
-        memory.grow(size)?;
-        entry.size = size;
-        entry.publication.grow(size);
-        self.change_held(key, 0..0, &[]);
-        Ok(())
-    }
-
-    /// Writes into a region that this node holds, as one epoch.
-    pub(super) fn apply_held(&mut self, key: Key, range: Range<u64>, bytes: &[u8]) {
-        if !range.is_empty() {
-            self.change_held(key, range, bytes);
-        }
-    }
-
-    fn change_held(&mut self, key: Key, range: Range<u64>, bytes: &[u8]) {
-        let Some(entry) = self.regions.get_mut(key) else {
-            return;
-        };
-        let Body::Held(memory) = &mut entry.body else {
-            return;
-        };
-        let pre = entry.publication.pre_images();
-        save_pages(pre, memory, range.clone());
-        entry.control.publish_begin();
-        memory[range.start as usize..range.end as usize].copy_from_slice(bytes);
-        entry.control.set_size(entry.size);
-        entry.epoch += 1;
-        entry.kind = EpochKind::Cut;
-        let source_time_ns = realtime_ns();
-        let watched = !entry.readers.is_empty();
-        entry
-            .control
-            .publish(entry.epoch, EpochKind::Cut, source_time_ns, watched);
-        let mut extents = ExtentSet::new(entry.size);
-        extents.insert(range);
-        entry.statistics.captures += 1;
-        entry.statistics.bytes_changed += extents.bytes();
-        let info = CaptureInfo {
-            epoch: entry.epoch,
-            kind: EpochKind::Cut,
-            source_time_ns,
-        };
-        entry.publication.captured(info, &extents, memory);
-        self.pump_followers(key);
     }
 
     fn set_region_timer(&mut self, key: Key) {
@@ -772,19 +714,6 @@ pub(super) fn is_ending(attachment: &Attachment) -> bool {
     let first = pagemap.tracked_bytes(attachment.base, attachment.base + PAGE_SIZE);
     let gone = first.is_err_and(|error| error.raw_os_error() == Some(nix::libc::ESRCH));
     gone && !attachment.has_exited()
-}
-
-/// Saves the old content of the pages of `range` for updates still being sent.
-pub(super) fn save_pages(pre: &mut crate::track::PreImages, content: &[u8], range: Range<u64>) {
-    if pre.is_idle() || range.is_empty() {
-        return;
-    }
-    for page in page_of(range.start)..=page_of(range.end - 1) {
-        let start = (page * PAGE_SIZE) as usize;
-        let end = content.len().min(start + PAGE_SIZE as usize);
-        // Writes that are answered never wait: the slowest update starts again instead.
-        let _ = pre.before_change(page, &content[start..end], WhenFull::Abort);
-    }
 }
 
 /// The greatest size that an offered region has.

@@ -42,6 +42,7 @@ impl Engine {
             turns: self.counters.turns,
             regions,
             space: self.settings.space.get().map(|space| space.status()),
+            nbd: self.settings.nbd.as_ref().map(|nbd| nbd.status()),
         }
     }
 

@@ -31,7 +31,7 @@ impl Failure {
     pub(super) fn text(self) -> &'static str {
         match self {
             Self::ReadOnly => "the export is read-only",
-            Self::Io => "a server of the space is lost, cannot be reached, or did not answer",
+            Self::Io => "the memory behind it is lost, cannot be reached, or did not answer",
             Self::Invalid => "the command, its flags or its range are not valid here",
             Self::NoSpace => "the range lies beyond the end of the export",
             Self::Stopping => "the server ends",
@@ -74,13 +74,52 @@ pub enum Zeroing {
     Allocated,
 }
 
+/// What is said of bytes in an answer to a question of block status.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// There is memory behind them.
+    Data,
+    /// There is none; they read as zeros.
+    Hole,
+    /// They were not changed since the epoch that was asked for.
+    Clean,
+    /// They were, or it is not known.
+    Dirty,
+}
+
+impl Kind {
+    /// [`Kind::Hole`], or else [`Kind::Data`].
+    pub fn of_hole(hole: bool) -> Self {
+        if hole { Self::Hole } else { Self::Data }
+    }
+
+    /// Bits of a status descriptor, by the context that it is of.
+    pub(super) fn bits(self) -> u32 {
+        match self {
+            Self::Data | Self::Clean => 0,
+            // No memory, and reads as zeros.
+            Self::Hole => 3,
+            Self::Dirty => 1,
+        }
+    }
+}
+
 /// Consecutive bytes of one kind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
     /// Bytes.
     pub len: u64,
-    /// Whether there is no memory behind them; they then read as zeros.
-    pub hole: bool,
+    /// What is said of them.
+    pub kind: Kind,
+}
+
+/// An epoch of one life of a region: what was changed since then can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Since {
+    /// Its number.
+    pub epoch: u64,
+    /// The life: numbers of another one mean nothing in it.
+    pub generation: u128,
 }
 
 /// Memory by address. Each range that it is asked for lies within one export.
@@ -97,4 +136,16 @@ pub trait Backing {
     /// Appends what `address .. address + len` consists of to `into`, from its beginning
     /// on, at most `most` extents; nothing means that all of it is memory.
     fn extents(&mut self, address: u64, len: u64, most: usize, into: &mut Vec<Extent>);
+
+    /// The same of what was changed since an epoch; nothing means that all of it may have
+    /// been. Asked only where the export says that it has epochs.
+    fn changed(
+        &mut self,
+        _since: Since,
+        _address: u64,
+        _len: u64,
+        _most: usize,
+        _into: &mut Vec<Extent>,
+    ) {
+    }
 }

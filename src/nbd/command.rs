@@ -71,7 +71,7 @@ impl Request {
     }
 
     /// What it asks, or why not.
-    pub(super) fn judge(&self, export: &Export, agreed: Agreed) -> Result<Command, Failure> {
+    pub(super) fn judge(&self, export: &Export, agreed: &Agreed) -> Result<Command, Failure> {
         if self.command == command::DISC {
             return Ok(Command::Disconnect);
         }
@@ -94,9 +94,11 @@ impl Request {
             command::TRIM => Command::Zero(Zeroing::Discard),
             command::WRITE_ZEROES if has(flag::NO_HOLE) => Command::Zero(Zeroing::Allocated),
             command::WRITE_ZEROES => Command::Zero(Zeroing::Sparse),
-            command::BLOCK_STATUS if agreed.allocation && self.len > 0 => Command::Status {
-                one: has(flag::REQ_ONE),
-            },
+            command::BLOCK_STATUS if !agreed.contexts.is_empty() && self.len > 0 => {
+                Command::Status {
+                    one: has(flag::REQ_ONE),
+                }
+            }
             command::CACHE => Command::Nothing,
             command::FLUSH if self.offset == 0 && self.len == 0 => Command::Nothing,
             _ => return Err(Failure::Invalid),

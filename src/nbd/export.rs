@@ -1,5 +1,8 @@
 //! What a client can choose among.
 
+use std::fmt::Debug;
+
+use super::backing::Since;
 use crate::limits::{MAX_NBD_TEXT, SPACE_STRIPE};
 
 /// A range of addresses under a name.
@@ -18,6 +21,8 @@ pub struct Export {
     pub segment: u64,
     /// Whether it refuses to be written.
     pub read_only: bool,
+    /// Its newest epoch, where what was changed since an earlier one can be asked for.
+    pub newest: Option<Since>,
 }
 
 impl Export {
@@ -30,6 +35,16 @@ impl Export {
         let end = begin + (most - begin) / SPACE_STRIPE * SPACE_STRIPE;
         Some(end).filter(|end| *end > offset)
     }
+}
+
+/// What clients can choose among, looked at anew with each option of theirs.
+pub trait Catalog: Debug + Send + Sync {
+    /// All of them, in the order in which they are listed; each is as [`Exports::new`]
+    /// would have it.
+    fn all(&self) -> Vec<Export>;
+
+    /// The one called `name`; with an empty name the one for clients that name none.
+    fn find(&self, name: &[u8]) -> Option<Export>;
 }
 
 /// Exports that cannot be offered.
@@ -85,20 +100,16 @@ impl Exports {
         }
         Ok(Self { all: all.into() })
     }
+}
 
-    /// All of them.
-    pub fn all(&self) -> &[Export] {
-        &self.all
+impl Catalog for Exports {
+    fn all(&self) -> Vec<Export> {
+        self.all.to_vec()
     }
 
-    /// Position of the one called `name`; the first one's for the empty name.
-    pub(super) fn position(&self, name: &[u8]) -> Option<usize> {
-        if name.is_empty() {
-            return Some(0);
-        }
-        self.all
-            .iter()
-            .position(|export| export.name.as_bytes() == name)
+    fn find(&self, name: &[u8]) -> Option<Export> {
+        let is_named = |export: &&Export| name.is_empty() || export.name.as_bytes() == name;
+        self.all.iter().find(is_named).cloned()
     }
 }
 
@@ -115,6 +126,7 @@ mod tests {
             size,
             segment,
             read_only: false,
+            newest: None,
         }
     }
 

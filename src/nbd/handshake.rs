@@ -7,10 +7,11 @@
 
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::export::{Export, Exports};
+use super::context::{self, Context};
+use super::export::{Catalog, Export};
 use super::numbers::{
-    ALLOCATION, ALLOCATION_ID, FIXED_NEWSTYLE, MAGIC, NO_ZEROES, OPTION_BYTES, OPTION_MAGIC,
-    RawGreeting, RawOption, can, info, option, rep,
+    FIXED_NEWSTYLE, MAGIC, NO_ZEROES, OPTION_BYTES, OPTION_MAGIC, RawGreeting, RawOption, can,
+    info, option, rep,
 };
 use super::options::{Chosen, Misformed, Queries};
 use super::reply;
@@ -20,25 +21,25 @@ use crate::limits::{
 };
 
 /// What client and server have agreed on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Agreed {
-    /// Position of the export.
-    pub(super) export: usize,
+    /// The export, as it was when it was chosen.
+    pub(super) export: Export,
     /// Whether replies are structured.
     pub(super) structured: bool,
-    /// Whether block status may be asked for.
-    pub(super) allocation: bool,
+    /// What block status may be asked for; the first one's number is 1.
+    pub(super) contexts: Vec<Context>,
 }
 
 /// How far a call came.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Progress {
     /// This many bytes have to be there.
     Needs(usize),
     /// This many bytes were used.
     Used(usize),
     /// This many bytes were used, and the export is chosen.
-    Chosen(usize, Agreed),
+    Chosen(usize, Box<Agreed>),
     /// The client has had enough; this many bytes were used.
     Aborted(usize),
 }
@@ -59,8 +60,8 @@ pub(super) struct Handshake {
     flags: u16,
     options: u64,
     structured: bool,
-    /// The export that the context was asked of.
-    allocation: Option<usize>,
+    /// The export that contexts were asked of, and which.
+    contexts: Option<(Box<str>, Vec<Context>)>,
 }
 
 impl Handshake {
@@ -70,14 +71,14 @@ impl Handshake {
             flags: 0,
             options: 0,
             structured: false,
-            allocation: None,
+            contexts: None,
         }
     }
 
     /// One step with what was received.
     pub(super) fn step(
         &mut self,
-        exports: &Exports,
+        exports: &dyn Catalog,
         input: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<Progress, Violation> {
@@ -128,7 +129,7 @@ impl Handshake {
 
     fn option(
         &mut self,
-        exports: &Exports,
+        exports: &dyn Catalog,
         input: &[u8],
         out: &mut Vec<u8>,
     ) -> Result<Progress, Violation> {
@@ -177,7 +178,7 @@ impl Handshake {
 
     fn answer(
         &mut self,
-        exports: &Exports,
+        exports: &dyn Catalog,
         number: u32,
         data: &[u8],
         out: &mut Vec<u8>,
@@ -218,28 +219,31 @@ impl Handshake {
         Ok(Ends::No)
     }
 
-    fn agreed(&self, export: usize) -> Agreed {
-        Agreed {
+    fn agreed(&self, export: Export) -> Box<Agreed> {
+        let contexts = match &self.contexts {
+            Some((name, contexts)) if self.structured && *name == export.name => contexts.clone(),
+            _ => Vec::new(),
+        };
+        Box::new(Agreed {
             export,
             structured: self.structured,
-            allocation: self.structured && self.allocation == Some(export),
-        }
+            contexts,
+        })
     }
 
     fn export_name(
         &self,
-        exports: &Exports,
+        exports: &dyn Catalog,
         name: &[u8],
         out: &mut Vec<u8>,
-    ) -> Result<Agreed, Violation> {
-        let position = exports.position(name).ok_or(Violation::NoSuchExport)?;
-        let export = &exports.all()[position];
+    ) -> Result<Box<Agreed>, Violation> {
+        let export = exports.find(name).ok_or(Violation::NoSuchExport)?;
         out.extend_from_slice(&export.size.to_be_bytes());
-        out.extend_from_slice(&self.abilities(export).to_be_bytes());
+        out.extend_from_slice(&self.abilities(&export).to_be_bytes());
         if self.flags & NO_ZEROES == 0 {
             out.extend_from_slice(&[0; 124]);
         }
-        Ok(self.agreed(position))
+        Ok(self.agreed(export))
     }
 
     /// Transmission flags of `export`.
@@ -257,27 +261,26 @@ impl Handshake {
     /// INFO and GO; what would be agreed on if there is such an export.
     fn info(
         &self,
-        exports: &Exports,
+        exports: &dyn Catalog,
         number: u32,
         data: &[u8],
         out: &mut Vec<u8>,
-    ) -> Option<Agreed> {
+    ) -> Option<Box<Agreed>> {
         let Ok(chosen) = Chosen::parse(data) else {
             reply::to_option(out, number, rep::ERR_INVALID, &[]);
             return None;
         };
-        let Some(position) = exports.position(chosen.name) else {
+        let Some(export) = exports.find(chosen.name) else {
             let text = b"there is no such export; LIST names them";
             reply::to_option(out, number, rep::ERR_UNKNOWN, &[text]);
             return None;
         };
-        let export = &exports.all()[position];
         let mut inform = |kind: u16, parts: &[&[u8]]| {
             let kind = kind.to_be_bytes();
             let parts = [&[&kind[..]], parts].concat();
             reply::to_option(out, number, rep::INFO, &parts);
         };
-        let abilities = self.abilities(export).to_be_bytes();
+        let abilities = self.abilities(&export).to_be_bytes();
         inform(info::EXPORT, &[&export.size.to_be_bytes(), &abilities]);
         if chosen.wants(info::NAME) {
             inform(info::NAME, &[export.name.as_bytes()]);
@@ -291,13 +294,13 @@ impl Handshake {
             inform(info::BLOCK_SIZE, &[&sizes]);
         }
         reply::to_option(out, number, rep::ACK, &[]);
-        Some(self.agreed(position))
+        Some(self.agreed(export))
     }
 
-    fn contexts(&mut self, exports: &Exports, number: u32, data: &[u8], out: &mut Vec<u8>) {
+    fn contexts(&mut self, exports: &dyn Catalog, number: u32, data: &[u8], out: &mut Vec<u8>) {
         let setting = number == option::SET_META_CONTEXT;
         if setting {
-            self.allocation = None;
+            self.contexts = None;
         }
         let asked = match Queries::parse(data) {
             Ok(asked) if self.structured => asked,
@@ -305,20 +308,20 @@ impl Handshake {
                 return reply::to_option(out, number, rep::ERR_INVALID, &[]);
             }
         };
-        let Some(position) = exports.position(asked.name) else {
+        let Some(export) = exports.find(asked.name) else {
             return reply::to_option(out, number, rep::ERR_UNKNOWN, &[]);
         };
-        let fits = |query: &&[u8]| {
-            *query == ALLOCATION.as_bytes() || (!setting && *query == b"base:".as_slice())
+        let found = match setting {
+            true => context::chosen(&export, &asked.queries),
+            false => context::listed(&export, &asked.queries),
         };
-        let everything = !setting && asked.queries.is_empty();
-        if everything || asked.queries.iter().any(fits) {
-            let id = if setting { ALLOCATION_ID } else { 0 };
-            let parts = [&id.to_be_bytes(), ALLOCATION.as_bytes()];
+        for (id, context) in (1_u32..).zip(&found) {
+            let id = if setting { id } else { 0 };
+            let parts = [&id.to_be_bytes(), context.name().as_bytes()];
             reply::to_option(out, number, rep::META_CONTEXT, &parts);
-            if setting {
-                self.allocation = Some(position);
-            }
+        }
+        if setting && !found.is_empty() {
+            self.contexts = Some((export.name, found));
         }
         reply::to_option(out, number, rep::ACK, &[]);
     }
@@ -327,7 +330,7 @@ impl Handshake {
 /// Whether an option ends the handshake.
 enum Ends {
     No,
-    Chosen(Agreed),
+    Chosen(Box<Agreed>),
     Aborted,
 }
 

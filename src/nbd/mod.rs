@@ -23,7 +23,7 @@
 //! | TRIM, WRITE_ZEROES | zeros in pieces of 1 MiB; TRIM may be less ([`Zeroing`]) |
 //! | FLUSH, flag FUA | nothing: a reply is only given to what is applied, for every connection |
 //! | CACHE | nothing: all of it is memory |
-//! | BLOCK_STATUS | [`Backing::extents`], for the context `base:allocation` |
+//! | BLOCK_STATUS | [`Backing::extents`], for the context `base:allocation`; [`Backing::changed`], for `x-uffd:dirty-N` |
 //!
 //! Invariants:
 //! - I1: a length is compared with its limit before anything is kept or made of that size;
@@ -40,6 +40,7 @@
 
 mod backing;
 mod command;
+mod context;
 mod export;
 mod handshake;
 mod numbers;
@@ -50,6 +51,8 @@ mod session;
 mod tests;
 mod transmission;
 
-pub use backing::{Answer, Backing, Extent, Failure, Unit, Zeroing};
-pub use export::{Export, Exports, ExportsError};
+pub use backing::{Answer, Backing, Extent, Failure, Kind, Since, Unit, Zeroing};
+pub use export::{Catalog, Export, Exports, ExportsError};
+pub use numbers::REQUEST_BYTES;
 pub use session::{Advanced, Next, Session, Violation};
+pub use transmission::Counts;

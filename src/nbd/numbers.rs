@@ -87,10 +87,6 @@ pub(super) mod chunk {
     pub(in crate::nbd) const ERROR: u16 = (1 << 15) + 1;
 }
 
-/// The one metadata context, and the number that stands for it in replies.
-pub(super) const ALLOCATION: &str = "base:allocation";
-pub(super) const ALLOCATION_ID: u32 = 1;
-
 /// What the server says first.
 #[derive(IntoBytes, Immutable, Unaligned)]
 #[repr(C)]
@@ -149,7 +145,7 @@ pub(super) struct RawChunk {
 /// Length of an option's header, in bytes.
 pub(super) const OPTION_BYTES: usize = size_of::<RawOption>();
 /// Length of a request's header, in bytes.
-pub(super) const REQUEST_BYTES: usize = size_of::<RawRequest>();
+pub const REQUEST_BYTES: usize = size_of::<RawRequest>();
 
 const _: () = {
     assert!(size_of::<RawGreeting>() == 18);

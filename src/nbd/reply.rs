@@ -4,12 +4,9 @@ use zerocopy::IntoBytes;
 
 use super::backing::{Extent, Failure};
 use super::numbers::{
-    ALLOCATION_ID, CHUNK_MAGIC, OPTION_REPLY_MAGIC, RawChunk, RawOptionReply, RawSimpleReply,
-    SIMPLE_REPLY_MAGIC, chunk,
+    CHUNK_MAGIC, OPTION_REPLY_MAGIC, RawChunk, RawOptionReply, RawSimpleReply, SIMPLE_REPLY_MAGIC,
+    chunk,
 };
-
-/// Bits of a status descriptor: no memory, and reads as zeros.
-const HOLE_AND_ZERO: u32 = 3;
 
 /// A reply to an option.
 pub(super) fn to_option(out: &mut Vec<u8>, option: u32, kind: u32, parts: &[&[u8]]) {
@@ -67,15 +64,21 @@ pub(super) fn error_chunk(out: &mut Vec<u8>, cookie: u64, failure: Failure) {
     out.extend_from_slice(text);
 }
 
-/// The last chunk of a question of block status. Each extent fits 32 bits.
-pub(super) fn status_chunk(out: &mut Vec<u8>, cookie: u64, extents: &[Extent]) {
+/// The answer to a question of block status in the context of number `id`. Each extent
+/// fits 32 bits.
+pub(super) fn status_chunk(
+    out: &mut Vec<u8>,
+    cookie: u64,
+    id: u32,
+    extents: &[Extent],
+    done: bool,
+) {
     let len = 4 + 8 * extents.len() as u32;
-    begin_chunk(out, cookie, chunk::BLOCK_STATUS, true, len);
-    out.extend_from_slice(&ALLOCATION_ID.to_be_bytes());
+    begin_chunk(out, cookie, chunk::BLOCK_STATUS, done, len);
+    out.extend_from_slice(&id.to_be_bytes());
     for extent in extents {
-        let status = if extent.hole { HOLE_AND_ZERO } else { 0 };
         out.extend_from_slice(&(extent.len as u32).to_be_bytes());
-        out.extend_from_slice(&status.to_be_bytes());
+        out.extend_from_slice(&extent.kind.bits().to_be_bytes());
     }
 }
 

@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::backing::{Backing, Failure, Unit};
-use super::export::{Export, Exports};
+use super::export::{Catalog, Export};
 use super::handshake::{Handshake, Progress};
-use super::transmission::Transmission;
+use super::transmission::{Counts, Transmission};
 use crate::limits::NBD_REPLIES;
 
 /// Why a client is hung up on: the place of its next request is not known, or the protocol
@@ -86,14 +86,14 @@ enum Phase {
 /// Memory: the state itself is a few hundred bytes; what is staged for other servers is
 /// bounded by [`NBD_STAGED`](crate::limits::NBD_STAGED) and belongs to the backing.
 pub struct Session {
-    exports: Arc<Exports>,
+    exports: Arc<dyn Catalog>,
     phase: Phase,
 }
 
 impl Session {
     /// A client that has just connected. The first call of [`advance`](Self::advance), even
     /// without input, makes the greeting.
-    pub fn new(exports: Arc<Exports>) -> Self {
+    pub fn new(exports: Arc<dyn Catalog>) -> Self {
         Self {
             exports,
             phase: Phase::Handshake(Handshake::new()),
@@ -105,6 +105,14 @@ impl Session {
         match &self.phase {
             Phase::Transmission(transmission) => Some(&transmission.export),
             _ => None,
+        }
+    }
+
+    /// What it has had since this was last called.
+    pub fn take_counts(&mut self) -> Counts {
+        match &mut self.phase {
+            Phase::Transmission(transmission) => transmission.take_counts(),
+            _ => Counts::default(),
         }
     }
 
@@ -136,7 +144,7 @@ impl Session {
                     }
                     break next;
                 }
-                Phase::Handshake(handshake) => match handshake.step(&self.exports, rest, out) {
+                Phase::Handshake(handshake) => match handshake.step(&*self.exports, rest, out) {
                     Ok(Progress::Needs(bytes)) => break Next::Input(bytes),
                     Ok(Progress::Used(used)) => consumed += used,
                     Ok(Progress::Aborted(used)) => {
@@ -148,6 +156,8 @@ impl Session {
                         let export = self.exports.all()[agreed.export].clone();
                         self.phase = Phase::Transmission(Transmission::new(export, agreed));
                         // The first request's reply is one of its own.
+                        self.phase = Phase::Transmission(Transmission::new(*agreed));
+                        // Whoever calls may look at the export before it is worked on.
                         break Next::More;
                     }
                     Err(violation) => self.phase = Phase::Over(Some(violation)),

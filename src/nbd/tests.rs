@@ -119,6 +119,7 @@ fn exports() -> Arc<Exports> {
         size,
         segment: SEGMENT,
         read_only,
+        newest: None,
     };
     let all = vec![
         export("all", 0, 3 * SEGMENT, false),

@@ -12,8 +12,9 @@
 
 use slab::Slab;
 
-use super::backing::{Answer, Backing, Extent, Failure, Unit, Zeroing};
+use super::backing::{Answer, Backing, Extent, Failure, Kind, Unit, Zeroing};
 use super::command::{Command, Request};
+use super::context::Context;
 use super::export::Export;
 use super::handshake::Agreed;
 use super::numbers::REQUEST_BYTES;
@@ -100,12 +101,22 @@ pub(super) struct Transmission {
     ending: bool,
     broken: Option<Violation>,
     extents: Vec<Extent>,
+    counts: Counts,
+}
+
+/// What a connection has had, since it was last asked.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Counts {
+    /// Requests taken.
+    pub requests: u64,
+    /// Requests answered by an error.
+    pub errors: u64,
 }
 
 impl Transmission {
-    pub(super) fn new(export: Export, agreed: Agreed) -> Self {
+    pub(super) fn new(agreed: Agreed) -> Self {
         Self {
-            export,
+            export: agreed.export.clone(),
             agreed,
             flights: Slab::new(),
             staged: 0,
@@ -114,7 +125,12 @@ impl Transmission {
             ending: false,
             broken: None,
             extents: Vec::new(),
+            counts: Counts::default(),
         }
+    }
+
+    pub(super) fn take_counts(&mut self) -> Counts {
+        std::mem::take(&mut self.counts)
     }
 
     pub(super) fn waiting(&self) -> (usize, u64) {
@@ -153,7 +169,11 @@ impl Transmission {
                 Step::Stop(Next::Close(None))
             }
             Current::None if self.ending => Step::Stop(Next::Completion),
-            Current::None => self.begin(input, out, backing),
+            Current::None => {
+                let step = self.begin(input, out, backing);
+                self.counts.requests += u64::from(matches!(step, Step::On(_)));
+                step
+            }
             Current::Skip(cookie, left, failure) => self.skip(input, out, (cookie, left, failure)),
             Current::Write(flight, span) => self.write_piece(input, out, backing, (flight, span)),
             Current::Zero(flight, span, how) => self.zero_piece(out, backing, (flight, span, how)),
@@ -182,7 +202,7 @@ impl Transmission {
         self.turn += SPACE_STRIPE / 64;
         let header = Step::On(REQUEST_BYTES);
         let cookie = request.cookie;
-        let command = match request.judge(&self.export, self.agreed) {
+        let command = match request.judge(&self.export, &self.agreed) {
             Ok(command) => command,
             Err(failure) if request.payload() > 0 => {
                 self.current = Current::Skip(cookie, request.payload().into(), failure);
@@ -204,8 +224,14 @@ impl Transmission {
         header
     }
 
-    fn refuse(&self, out: &mut Vec<u8>, request: &Request, failure: Failure) {
-        reply::outcome(out, request.cookie, self.agreed.structured, Err(failure));
+    fn refuse(&mut self, out: &mut Vec<u8>, request: &Request, failure: Failure) {
+        self.fail(out, request.cookie, failure);
+    }
+
+    /// The one reply to a request that failed.
+    fn fail(&mut self, out: &mut Vec<u8>, cookie: u64, failure: Failure) {
+        self.counts.errors += 1;
+        reply::outcome(out, cookie, self.agreed.structured, Err(failure));
     }
 
     /// A flight of which nothing is under way yet.
@@ -252,11 +278,24 @@ impl Transmission {
         self.turn += NBD_TURN / 2;
         let len = u64::from(request.len);
         let most = if one { 1 } else { MAX_NBD_EXTENTS as usize };
-        self.extents.clear();
         let address = self.export.base + request.offset;
-        backing.extents(address, len, most, &mut self.extents);
-        tidy_extents(&mut self.extents, len, most);
-        reply::status_chunk(out, request.cookie, &self.extents);
+        let last = self.agreed.contexts.len();
+        for (id, context) in (1..).zip(&self.agreed.contexts) {
+            self.extents.clear();
+            let into = &mut self.extents;
+            let unknown = match context {
+                Context::Allocation => {
+                    backing.extents(address, len, most, into);
+                    Kind::Data
+                }
+                Context::Changed(since, _) => {
+                    backing.changed(*since, address, len, most, into);
+                    Kind::Dirty
+                }
+            };
+            tidy_extents(into, len, most, unknown);
+            reply::status_chunk(out, request.cookie, id, into, id as usize == last);
+        }
     }
 
     fn zero(
@@ -378,7 +417,7 @@ impl Transmission {
         self.current = Current::Skip(cookie, left - used, failure);
         if used == left {
             self.current = Current::None;
-            reply::outcome(out, cookie, self.agreed.structured, Err(failure));
+            self.fail(out, cookie, failure);
         }
         Step::On(used as usize)
     }
@@ -560,7 +599,7 @@ impl Transmission {
                 Current::None
             }
             Err(failure) if sent == Sent::Nothing => {
-                reply::outcome(out, cookie, structured, Err(failure));
+                self.fail(out, cookie, failure);
                 Current::None
             }
             Err(failure) if structured => Current::Pad(cookie, span.left(), failure),
@@ -581,6 +620,7 @@ impl Transmission {
         self.current = Current::Pad(cookie, left - len, failure);
         if len == left {
             self.current = Current::None;
+            self.counts.errors += 1;
             reply::error_chunk(out, cookie, failure);
         }
         Step::On(0)
@@ -612,7 +652,7 @@ impl Transmission {
         match flight.failed {
             None if flight.reads && structured => reply::last_chunk(out, flight.cookie),
             None => reply::simple(out, flight.cookie, 0),
-            Some(failure) => reply::outcome(out, flight.cookie, structured, Err(failure)),
+            Some(failure) => self.fail(out, flight.cookie, failure),
         }
     }
 
@@ -686,7 +726,7 @@ fn append(backing: &mut dyn Backing, unit: Unit, out: &mut Vec<u8>) -> Answer {
 
 /// Makes what a backing said of `len` bytes fit to be sent: neighbours of one kind merged,
 /// nothing empty, nothing behind the end, at least one and at most `most`.
-fn tidy_extents(extents: &mut Vec<Extent>, len: u64, most: usize) {
+fn tidy_extents(extents: &mut Vec<Extent>, len: u64, most: usize, unknown: Kind) {
     let mut left = len;
     extents.retain_mut(|extent| {
         extent.len = extent.len.min(left);
@@ -694,7 +734,7 @@ fn tidy_extents(extents: &mut Vec<Extent>, len: u64, most: usize) {
         extent.len > 0
     });
     extents.dedup_by(|next, before| {
-        let same = next.hole == before.hole;
+        let same = next.kind == before.kind;
         if same {
             before.len += next.len;
         }
@@ -702,6 +742,7 @@ fn tidy_extents(extents: &mut Vec<Extent>, len: u64, most: usize) {
     });
     extents.truncate(most);
     if extents.is_empty() {
-        extents.push(Extent { len, hole: false });
+        let kind = unknown;
+        extents.push(Extent { len, kind });
     }
 }

@@ -13,6 +13,7 @@
 //! audit_period_ms = 60000
 //! hot_after = 2
 //! staging_budget = "512MiB"
+//! nbd = ["unix:/run/uffd-sync/regions.nbd"]  # default: no NBD
 //! log = "info"
 //! ```
 //!
@@ -33,6 +34,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Deserializer};
 
+use super::nbd::NbdPlace;
 use super::space::SpaceFlags;
 use crate::engine::variables::{VariablesConfig, VariablesError, place_of};
 use crate::limits;
@@ -166,6 +168,9 @@ pub struct NodeConfig {
     /// Bytes of updates staged at once over all replicas; worst-case memory of staging.
     #[serde(deserialize_with = "byte_size")]
     pub staging_budget: u64,
+    /// Where NBD clients are served, with the regions and, beside a segment, the space.
+    /// Default: nowhere.
+    pub nbd: Vec<NbdPlace>,
     /// Filter of the log, as `tracing` reads it. Default: `info`.
     pub log: String,
     /// Ordered variables, of which this node is a member. Default: none.
@@ -187,6 +192,7 @@ impl Default for NodeConfig {
             audit_period_ms: limits::AUDIT_PERIOD_MS,
             hot_after: limits::HOT_CAPTURES,
             staging_budget: limits::STAGING_BUDGET,
+            nbd: Vec::new(),
             log: "info".to_owned(),
             variables: None,
         }
@@ -208,6 +214,8 @@ pub struct NodeFlags {
     pub metrics: Option<SocketAddr>,
     /// Added to `follow`.
     pub follow: Vec<FollowSpec>,
+    /// Added to `nbd`.
+    pub nbd: Vec<NbdPlace>,
     /// Replaces `log`.
     pub log: Option<String>,
     /// The segment of a space that this node lends besides; no file has it.
@@ -277,6 +285,7 @@ impl NodeConfig {
         self.insecure |= flags.insecure;
         self.metrics = flags.metrics.or(self.metrics);
         self.follow.extend(flags.follow.iter().cloned());
+        self.nbd.extend(flags.nbd.iter().cloned());
         if let Some(log) = &flags.log {
             self.log.clone_from(log);
         }
@@ -318,6 +327,7 @@ impl NodeConfig {
                 (0, limits::HOT_CAPTURES_CEILING),
             ),
             ("staging_budget", self.staging_budget, staging),
+            ("nbd", self.nbd.len() as u64, (0, limits::MAX_NBD_PLACES)),
         ] {
             if !(least..=most).contains(&value) {
                 return Err(ConfigError::Bounds {
@@ -380,6 +390,7 @@ impl NodeConfig {
             ("insecure", self.insecure != other.insecure),
             ("metrics", self.metrics != other.metrics),
             ("variables", self.variables != other.variables),
+            ("nbd", self.nbd != other.nbd),
             (
                 "staging_budget",
                 self.staging_budget != other.staging_budget,

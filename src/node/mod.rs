@@ -22,6 +22,7 @@
 
 mod config;
 mod metrics;
+mod nbd;
 pub mod space;
 pub mod space_file;
 mod variables;
@@ -35,9 +36,12 @@ use std::time::Duration;
 
 pub use config::{ConfigError, ConfigSource, Differences, NodeConfig, NodeFlags, default_socket};
 pub use metrics::MetricsError;
+pub use nbd::{NBD_PORT, NbdError, NbdPlace, NbdPlaceError};
 
 use crate::engine::variables::StartError;
-use crate::engine::{CommandError, Commands, Engine, EngineError, Reloader, Settings, Tunables};
+use crate::engine::{
+    CommandError, Commands, Engine, EngineError, NbdFigures, Reloader, Settings, Tunables,
+};
 use crate::limits;
 use crate::sys::behaviour::Behaviour;
 use crate::sys::{SysError, net, process};
@@ -66,6 +70,9 @@ pub enum NodeError {
     /// The ordered variables cannot be served.
     #[error("the variables cannot be served")]
     Variables(#[from] StartError),
+    /// NBD clients cannot be served.
+    #[error(transparent)]
+    Nbd(#[from] NbdError),
     /// The metrics cannot be served.
     #[error("the metrics cannot be served")]
     Metrics(#[from] MetricsError),
@@ -84,6 +91,8 @@ pub struct Node {
     listen: Option<SocketAddr>,
     thread: Option<JoinHandle<Result<(), EngineError>>>,
     metrics: Option<metrics::Server>,
+    nbd: Option<nbd::Service>,
+    figures: Option<Arc<NbdFigures>>,
     _variables: Option<variables::Service>,
 }
 
@@ -93,7 +102,7 @@ impl Node {
     /// # Errors
     /// What of it is not to be had; nothing is left running then.
     pub fn start(config: &NodeConfig) -> Result<Self, NodeError> {
-        Self::spawn(config, settings(config, true), None)
+        Self::spawn(config, settings(config, true), None)?.with_nbd(config, None)
     }
 
     /// Starts a node without a control socket: only [`Node::connect`] reaches it.
@@ -101,7 +110,18 @@ impl Node {
     /// # Errors
     /// What of it is not to be had; nothing is left running then.
     pub fn embedded(config: &NodeConfig) -> Result<Self, NodeError> {
-        Self::spawn(config, settings(config, false), None)
+        Self::spawn(config, settings(config, false), None)?.with_nbd(config, None)
+    }
+
+    /// Serves the NBD clients that `config` names a place for. On failure nothing is left
+    /// running.
+    fn with_nbd(
+        mut self,
+        config: &NodeConfig,
+        lent: Option<nbd::OfSpace>,
+    ) -> Result<Self, NodeError> {
+        self.nbd = serve_nbd(config, &self.commands, self.figures.clone(), lent)?;
+        Ok(self)
     }
 
     fn spawn(
@@ -112,6 +132,7 @@ impl Node {
         config.validate()?;
         let (variables, door) = serve_variables(config)?;
         settings.variables = door;
+        let figures = settings.nbd.clone();
         let commands = Commands::new()?;
         let for_engine = commands.clone();
         let (told, started) = mpsc::sync_channel(1);
@@ -135,6 +156,8 @@ impl Node {
             listen,
             thread: Some(thread),
             metrics: None,
+            nbd: None,
+            figures,
             _variables: variables,
         };
         // On failure the drop of `node` ends the engine.
@@ -175,7 +198,7 @@ impl Node {
     }
 
     fn end(&mut self) -> Result<(), NodeError> {
-        self.metrics = None;
+        (self.metrics, self.nbd) = (None, None);
         if self.thread.is_none() {
             return Ok(());
         }
@@ -223,13 +246,15 @@ pub fn serve(
         variables: door,
         ..settings(&config, true)
     };
+    let figures = settings.nbd.clone();
     let engine = Engine::new(
         settings,
         commands.clone(),
         Some(reloader(source, &config, reload_log)),
     )?;
-    // After the engine blocked its signals, so that this thread inherits that.
+    // After the engine blocked its signals, so that these threads inherit that.
     let _metrics = metrics::serve(config.metrics, &commands)?;
+    let _nbd = serve_nbd(&config, &commands, figures, None)?;
     tell_behaviour();
     ready(&config, engine.listen_address());
     Ok(engine.run()?)
@@ -248,13 +273,30 @@ fn serve_space(
         ..settings(config, true)
     };
     let watched = Arc::clone(&settings.space);
-    let mut node = Node::spawn(config, settings, Some(reloader))?;
+    let node = Node::spawn(config, settings, Some(reloader))?;
     let lent = space::serve(flags, config, &node)?;
+    let server = lent.server;
     // Nobody else sets it.
-    let _ = watched.set(lent.watch());
+    let _ = watched.set(server.watch());
+    let of_space = nbd::OfSpace {
+        exports: lent.exports,
+        arrivals: server.arrivals(),
+    };
+    let mut node = node.with_nbd(config, Some(of_space))?;
     tell_behaviour();
     ready(config, node.listen_address());
     node.wait()
+}
+
+/// Serves NBD clients, where the configuration names a place for them.
+fn serve_nbd(
+    config: &NodeConfig,
+    commands: &Commands,
+    figures: Option<Arc<NbdFigures>>,
+    lent: Option<nbd::OfSpace>,
+) -> Result<Option<nbd::Service>, NbdError> {
+    let start = |figures| nbd::Service::start(config, commands, figures, lent);
+    figures.map(start).transpose()
 }
 
 /// Starts the variables that the configuration names, with the engine's door to them.
@@ -328,6 +370,7 @@ fn settings(config: &NodeConfig, with_socket: bool) -> Settings {
         signals: false,
         variables: None,
         space: Arc::default(),
+        nbd: (!config.nbd.is_empty()).then(Arc::default),
         tunables: tunables(config),
     }
 }

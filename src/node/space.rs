@@ -18,7 +18,6 @@ mod segment;
 use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
-use std::str::FromStr;
 use std::sync::Arc;
 
 use super::Node;
@@ -26,8 +25,9 @@ use super::config::{NodeConfig, default_socket, is_loopback};
 use super::space_file::{self, SpaceFileError};
 use crate::client::ClientError;
 use crate::engine::space::{
-    Door, Errands, Place, Protocol, SpaceServer, SpaceServerConfig, SpaceServerError,
+    Errands, Place, SpaceServer, SpaceServerConfig, SpaceServerError, exports_of,
 };
+use crate::nbd::Exports;
 use crate::region::{ReadError, RegionError};
 use crate::space::frame::Incarnation;
 use crate::space::map::ServerAddress;
@@ -46,48 +46,11 @@ pub struct SpaceFlags {
     pub server: String,
     /// Path of its Unix socket; [`socket_of`] if none.
     pub socket: Option<PathBuf>,
-    /// Where NBD clients are served besides.
-    pub nbd: Vec<NbdPlace>,
     /// The way to the other servers for them; without it they get only what lies here.
     pub errands: Option<Arc<Errands>>,
     /// The replicas of an earlier life with the newest of which the segment begins:
     /// `tcp://HOST:PORT/REGION`.
     pub recover: Vec<FollowSpec>,
-}
-
-/// Where NBD clients are served: `tcp://HOST[:PORT]` or `unix:PATH`.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum NbdPlace {
-    /// On TCP; without a port on [`NBD_PORT`].
-    Tcp(ServerAddress),
-    /// On a Unix socket.
-    Unix(PathBuf),
-}
-
-/// The port that is registered for NBD.
-pub const NBD_PORT: u16 = 10809;
-
-/// Text that names no place for NBD clients.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("write tcp://HOST, tcp://HOST:PORT or unix:/PATH, as in tcp://127.0.0.1:10809")]
-pub struct NbdPlaceError;
-
-impl FromStr for NbdPlace {
-    type Err = NbdPlaceError;
-
-    fn from_str(text: &str) -> Result<Self, NbdPlaceError> {
-        if let Some(path) = text.strip_prefix("unix:") {
-            let path = PathBuf::from(path);
-            return match path.is_absolute() {
-                true => Ok(Self::Unix(path)),
-                false => Err(NbdPlaceError),
-            };
-        }
-        let host = text.strip_prefix("tcp://").ok_or(NbdPlaceError)?;
-        let with_port = || format!("{host}:{NBD_PORT}").parse();
-        let address = host.parse().or_else(|_| with_port());
-        Ok(Self::Tcp(address.map_err(|_| NbdPlaceError)?))
-    }
 }
 
 /// Why a segment cannot be lent.
@@ -242,7 +205,7 @@ pub(super) fn serve(
     flags: &SpaceFlags,
     node_config: &NodeConfig,
     node: &Node,
-) -> Result<SpaceServer, SpaceError> {
+) -> Result<Lent, SpaceError> {
     let config = space_file::load(&flags.file)?;
     let position = position_of(&config.map, flags)?;
     if config.tls.is_some() {
@@ -263,22 +226,7 @@ pub(super) fn serve(
         Durability::Replica => segment::with_replica(&config, position, &flags.recover, node)?,
     };
     let incarnation = made.incarnation;
-    let mut doors = vec![
-        Door {
-            place: Place::Tcp(address),
-            protocol: Protocol::Native,
-        },
-        Door {
-            place: Place::Unix(socket),
-            protocol: Protocol::Native,
-        },
-    ];
-    for place in &flags.nbd {
-        doors.push(Door {
-            place: nbd_place(&server, place, node_config.insecure)?,
-            protocol: Protocol::Nbd,
-        });
-    }
+    let doors = vec![Place::Tcp(address), Place::Unix(socket)];
     let settings = SpaceServerConfig {
         position,
         incarnation,
@@ -289,6 +237,7 @@ pub(super) fn serve(
         replica: made.replica,
         log: config.log.clone(),
         map: config.map.clone(),
+        nbd: node.figures.clone(),
     };
     let started = SpaceServer::start(settings, made.memory);
     let started = started.map_err(|source| SpaceError::Server {
@@ -296,7 +245,16 @@ pub(super) fn serve(
         source,
     })?;
     tell(&config, &server, &started, incarnation);
-    Ok(started)
+    Ok(Lent {
+        exports: exports_of(&config.map, position, flags.errands.is_some()),
+        server: started,
+    })
+}
+
+/// A segment that is lent, and what NBD clients can choose of its space.
+pub(super) struct Lent {
+    pub(super) server: SpaceServer,
+    pub(super) exports: Exports,
 }
 
 fn tell(config: &SpaceConfig, server: &Server, started: &SpaceServer, incarnation: Incarnation) {
@@ -319,13 +277,6 @@ fn position_of(map: &SpaceMap, flags: &SpaceFlags) -> Result<usize, SpaceError> 
             name: flags.server.as_str().into(),
             map: Box::new(map.clone()),
         })
-}
-
-fn nbd_place(server: &Server, place: &NbdPlace, insecure: bool) -> Result<Place, SpaceError> {
-    Ok(match place {
-        NbdPlace::Tcp(address) => Place::Tcp(address_of(server, address, insecure)?),
-        NbdPlace::Unix(path) => Place::Unix(path.clone()),
-    })
 }
 
 /// The address of a host that `server` listens at.

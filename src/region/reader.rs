@@ -8,6 +8,7 @@
 //! Whoever waits for an epoch sleeps on the low half of the version and on the
 //! engine's pulse together. The engine wakes all of them with each epoch.
 
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
@@ -168,6 +169,22 @@ impl RegionReader {
     pub fn read(&self, offset: u64, out: &mut [u8]) -> Result<(), ReadError> {
         self.size();
         Ok(self.data.read(offset, out)?)
+    }
+
+    /// The data at or behind `from`: what lies before it and behind the last one are holes,
+    /// which read as zeros. None where there is nothing but a hole.
+    ///
+    /// # Errors
+    /// [`ReadError::Region`] if the file does not say.
+    pub fn next_data(&self, from: u64) -> Result<Option<Range<u64>>, ReadError> {
+        let found = memfd::next_data(self.data.fd(), from);
+        Ok(found.map_err(sys("looking for the holes of a region"))?)
+    }
+
+    /// Whether the file has the first `len` bytes now. Only a followed file can get shorter;
+    /// what it lost then reads as zeros.
+    pub fn has(&self, len: u64) -> bool {
+        self.data.memory().is_some() || memfd::size(self.data.fd()).is_ok_and(|has| has >= len)
     }
 
     /// Runs `read` on the content of one whole epoch. It may be run several times, may

@@ -411,6 +411,15 @@ pub fn poll_each(watched: &mut [Watched<'_>], timeout: Option<Duration>) -> Resu
     Ok(())
 }
 
+/// Waits until there is room to send, or the connection is at its end; false after `timeout`.
+///
+/// # Errors
+/// What `poll(2)` refuses.
+pub fn wait_for_room(fd: impl AsFd, timeout: Duration) -> Result<bool, SysError> {
+    let mut polled = [PollFd::new(fd.as_fd(), PollFlags::POLLOUT)];
+    poll_until(&mut polled, Some(timeout))
+}
+
 /// Takes a connection that waits at a listener, closed on exec. Does not wait, if no
 /// other thread takes connections from the same listener.
 ///

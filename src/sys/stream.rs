@@ -2,7 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd};
 
-use nix::sys::socket::{MsgFlags, send, setsockopt, sockopt};
+use nix::sys::socket::{MsgFlags, recv, send, setsockopt, sockopt};
 
 use super::SysError;
 
@@ -17,6 +17,19 @@ pub fn try_send(socket: impl AsFd, bytes: &[u8]) -> Result<usize, SysError> {
         match send(socket.as_fd().as_raw_fd(), bytes, flags) {
             Err(nix::errno::Errno::EINTR) => {}
             sent => return sent.map_err(|error| SysError::new("send", error)),
+        }
+    }
+}
+
+/// Receives what is there and says how many bytes that was; 0 at the end of the stream.
+///
+/// # Errors
+/// Kind `WouldBlock` where there is nothing yet; others where the connection is lost.
+pub fn try_receive(socket: impl AsFd, bytes: &mut [u8]) -> Result<usize, SysError> {
+    loop {
+        match recv(socket.as_fd().as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT) {
+            Err(nix::errno::Errno::EINTR) => {}
+            received => return received.map_err(|error| SysError::new("recv", error)),
         }
     }
 }

@@ -503,6 +503,37 @@ pub struct NodeStatus {
     /// The segment that it lends to an address space, if it does.
     #[serde(default)]
     pub space: Option<SpaceStatus>,
+    /// NBD clients of it, if it serves any.
+    #[serde(default)]
+    pub nbd: Option<NbdStatus>,
+}
+
+/// NBD clients of a node.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NbdStatus {
+    /// Clients that are connected, whether they have chosen an export or not.
+    pub clients: u64,
+    /// Clients that were turned away.
+    pub turned_away: u64,
+    /// Clients that were hung up on for what they sent.
+    pub broken: u64,
+    /// What they have chosen, by name; those that nobody has chosen are left out.
+    pub exports: Vec<NbdExportStatus>,
+}
+
+/// One export in a status report.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct NbdExportStatus {
+    /// Its name.
+    pub name: String,
+    /// Connections to it that are there.
+    pub connections: u64,
+    /// Connections to it that there have been.
+    pub connected: u64,
+    /// Requests taken.
+    pub requests: u64,
+    /// Requests answered by an error.
+    pub errors: u64,
 }
 
 /// How a server of an address space goes; also the reply to a stat of it.
@@ -540,6 +571,9 @@ pub struct SpaceStatus {
     pub log_lines: u64,
     /// Operations that the log had no room for.
     pub log_dropped: u64,
+    /// NBD clients of its process, if it serves any.
+    #[serde(default)]
+    pub nbd: Option<NbdStatus>,
 }
 
 /// A message that could not be taken.

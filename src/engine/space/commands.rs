@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use crossbeam_queue::ArrayQueue;
 
+use super::nbd::Arrived;
 use crate::limits;
 use crate::sys::SysError;
 use crate::sys::process::EventFd;
@@ -13,6 +14,8 @@ use crate::sys::process::EventFd;
 pub(super) enum Command {
     /// All changes up to this one are safe, or not within their time.
     Settled { change: u64, is_safe: bool },
+    /// An NBD client that has chosen what is served here.
+    Adopt(Box<Arrived>),
     /// End.
     Stop,
 }

@@ -15,6 +15,8 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
+use super::native::Native;
+use super::nbd::{Arrived, Connected};
 use super::outbox::Outbox;
 use super::run::{Loop, Token};
 use super::speaks::{Speaks, Taken};
@@ -92,11 +94,40 @@ impl Loop {
         // A Unix socket has no delay to switch off, and no host to lose.
         let _ = net::set_nodelay(&socket);
         let _ = stream::keep_alive(&socket);
-        let door = &self.doors[door];
+        let speaks = Speaks::Native(Native::new(self.doors[door].is_local));
+        let key = self.add(socket, speaks, &[]);
+        self.half_open.push_back(key);
+        self.set_deadline(
+            key,
+            Some(Duration::from_millis(limits::HANDSHAKE_DEADLINE_MS)),
+        );
+        self.go_on(key);
+    }
+
+    /// An NBD client has chosen what is served here.
+    pub(super) fn arrived(&mut self, arrived: Arrived) {
+        if self.core.stopping {
+            return;
+        }
+        let Arrived {
+            socket,
+            session,
+            input,
+            seat,
+            counted,
+        } = arrived;
+        let connected = Connected::new(session, counted, seat, &mut self.core.nbd);
+        let key = self.add(socket, Speaks::Nbd(connected), &input);
+        self.go_on(key);
+    }
+
+    fn add(&mut self, socket: OwnedFd, speaks: Speaks, input: &[u8]) -> Key {
+        let mut received = Vec::with_capacity(RECEIVE_BYTES.max(input.len()));
+        received.extend_from_slice(input);
         let key = self.connections.insert(Connection {
             socket: Arc::new(socket),
-            speaks: Speaks::new(&door.protocol, door.is_local),
-            received: Some(Buffer::Heap(Vec::with_capacity(RECEIVE_BYTES))),
+            speaks,
+            received: Some(Buffer::Heap(received)),
             out: Outbox::default(),
             blocked: false,
             leaving: false,
@@ -105,13 +136,7 @@ impl Loop {
         if let Some(connection) = self.connections.get_mut(key) {
             connection.speaks.placed(key);
         }
-        self.half_open.push_back(key);
-        self.set_deadline(
-            key,
-            Some(Duration::from_millis(limits::HANDSHAKE_DEADLINE_MS)),
-        );
-        // Some protocols have the server speak first.
-        self.go_on(key);
+        key
     }
 
     /// Gives what came back from other servers to who waits for it.

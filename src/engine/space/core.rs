@@ -69,6 +69,7 @@ impl Core {
             incarnation: card.incarnation,
             segment_size: card.segment_size,
             replicated: card.replicated,
+            nbd: config.nbd.clone(),
         };
         Self {
             card,

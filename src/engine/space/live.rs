@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::engine::NbdFigures;
 use crate::space::frame::Incarnation;
 use crate::wire::control::SpaceStatus;
 
@@ -31,6 +32,7 @@ pub struct SpaceWatch {
     pub(super) incarnation: Incarnation,
     pub(super) segment_size: u64,
     pub(super) replicated: bool,
+    pub(super) nbd: Option<Arc<NbdFigures>>,
 }
 
 impl SpaceWatch {
@@ -55,6 +57,7 @@ impl SpaceWatch {
             unacknowledged: of(&figures.unacknowledged),
             log_lines: of(&figures.log_lines),
             log_dropped: of(&figures.log_dropped),
+            nbd: self.nbd.as_ref().map(|nbd| nbd.status()),
         }
     }
 }

@@ -7,7 +7,8 @@
 //!   clients on this host <--- map both, read only -------------+
 //! ```
 //! What an operation does is decided by [`crate::space::execute`], a value; here are the
-//! sockets. All operations on the segment run on this thread, so each is atomic.
+//! sockets. All operations on the segment run on this thread, so each is atomic. NBD clients
+//! are accepted elsewhere; those that chose an export of the space [arrive](Arrivals) here.
 //!
 //! - I1: a client is answered before its request is forgotten, or its connection ends; in
 //!   the order of execution.
@@ -48,11 +49,12 @@ pub use errands::{Done, Errand, Errands, What};
 pub use live::SpaceWatch;
 use log::Log;
 use nbd::Nbd;
+pub use nbd::{Arrived, exports_of};
 use run::{Loop, OpenDoor};
 use safety::Safety;
 pub use safety::{MakeSafe, Replica};
-pub use speaks::Protocol;
 
+use crate::engine::NbdFigures;
 use crate::space::SpaceMap;
 use crate::space::config::{OperationLog, SpaceLimits};
 use crate::space::execute::Executor;
@@ -80,15 +82,6 @@ impl std::fmt::Display for Place {
     }
 }
 
-/// A place, and what is spoken there.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Door {
-    /// Where.
-    pub place: Place,
-    /// What.
-    pub protocol: Protocol,
-}
-
 /// What a server has to know.
 #[derive(Debug)]
 pub struct SpaceServerConfig {
@@ -101,13 +94,15 @@ pub struct SpaceServerConfig {
     /// Bounds.
     pub limits: SpaceLimits,
     /// Where it listens.
-    pub doors: Vec<Door>,
+    pub doors: Vec<Place>,
     /// The segment's memory, open for reading only, for clients on this host to map; none
     /// if they are not to.
     pub data: Option<OwnedFd>,
     /// The way to the other servers of the space, for NBD clients that are served here;
     /// without it they only get what lies here.
     pub errands: Option<Arc<Errands>>,
+    /// What NBD clients do, if there are to be any; for the status.
+    pub nbd: Option<Arc<NbdFigures>>,
     /// How changes become safe, if replies wait for that.
     pub replica: Option<Replica>,
     /// The log of operations, if there is to be one.
@@ -167,6 +162,17 @@ pub struct SpaceServer {
     places: Vec<Place>,
     watch: SpaceWatch,
     thread: Option<JoinHandle<()>>,
+}
+
+/// Brings NBD clients to a server, from any thread.
+#[derive(Clone, Debug)]
+pub struct Arrivals(Commands);
+
+impl Arrivals {
+    /// Hands a client over; it is hung up on if too much waits for the server.
+    pub fn bring(&self, arrived: Arrived) {
+        self.0.send(Command::Adopt(Box::new(arrived)));
+    }
 }
 
 impl SpaceServer {
@@ -257,6 +263,11 @@ impl SpaceServer {
         &self.places
     }
 
+    /// Where NBD clients are brought that have chosen what it serves.
+    pub fn arrivals(&self) -> Arrivals {
+        Arrivals(self.commands.clone())
+    }
+
     /// Looks at it from other threads, as long as they like.
     pub fn watch(&self) -> SpaceWatch {
         self.watch.clone()
@@ -298,12 +309,12 @@ impl Drop for SpaceServer {
 }
 
 /// A listening socket and its real place.
-fn open(door: &Door) -> Result<(OpenDoor, Place), SpaceServerError> {
+fn open(place: &Place) -> Result<(OpenDoor, Place), SpaceServerError> {
     let refused = |source| SpaceServerError::Listen {
-        place: door.place.clone(),
+        place: place.clone(),
         source,
     };
-    let (socket, place) = match &door.place {
+    let (socket, place) = match place {
         Place::Tcp(address) => {
             let socket = net::tcp_listen(*address).map_err(refused)?;
             let address = net::local_addr(&socket)?;
@@ -311,12 +322,11 @@ fn open(door: &Door) -> Result<(OpenDoor, Place), SpaceServerError> {
         }
         Place::Unix(path) => {
             let socket = net::unix_listen(path).map_err(refused)?;
-            (socket, door.place.clone())
+            (socket, place.clone())
         }
     };
     let open = OpenDoor {
         socket: Arc::new(socket),
-        protocol: door.protocol.clone(),
         is_local: matches!(place, Place::Unix(_)),
     };
     Ok((open, place))

@@ -9,6 +9,8 @@
 //! I1: units with the gateway, and their bytes, are bounded over all connections; beyond it
 //!     a session waits and is asked again at the next completion.
 
+use std::collections::BTreeSet;
+use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
@@ -18,8 +20,11 @@ use super::holes::Holes;
 use super::outbox::Outbox;
 use super::speaks::{Broken, Taken};
 use crate::engine::keys::Key;
-use crate::limits::{MAX_NBD_CLIENTS, MAX_NBD_ERRANDS, NBD_STAGED_BY_ALL};
-use crate::nbd::{Answer, Backing, Export, Exports, Extent, Failure, Next, Session, Unit, Zeroing};
+use crate::engine::{Counted, Seat};
+use crate::limits::{MAX_NBD_ERRANDS, NBD_STAGED_BY_ALL};
+use crate::nbd::{
+    Answer, Backing, Counts, Export, Exports, Extent, Failure, Kind, Next, Session, Unit, Zeroing,
+};
 use crate::space::SpaceMap;
 use crate::space::frame::{Operation, Request, Status};
 use crate::units::checked_range;
@@ -34,12 +39,13 @@ const LOOKS: u32 = 4096;
 
 /// What all NBD connections of a server share.
 pub(crate) struct Nbd {
-    exports: Arc<Exports>,
     errands: Option<Arc<Errands>>,
     /// First address of this server's segment.
     start: u64,
     holes: Holes,
     clients: u64,
+    /// The segment's memory, to ask for its holes.
+    data: Option<OwnedFd>,
     /// Connections so far.
     serial: u64,
     /// Units with the gateway, and their bytes.
@@ -48,8 +54,9 @@ pub(crate) struct Nbd {
     waiting: Vec<Key>,
 }
 
-/// The exports of the server at `position`; with a way to the others all of theirs too.
-fn exports_of(map: &SpaceMap, position: usize, elsewhere: bool) -> Vec<Export> {
+/// The exports of the server at `position` of a space; with a way to the others all of
+/// theirs too.
+pub fn exports_of(map: &SpaceMap, position: usize, elsewhere: bool) -> Exports {
     let segment = map.segment_size();
     let mut exports = Vec::new();
     if elsewhere || map.servers().len() == 1 {
@@ -60,6 +67,7 @@ fn exports_of(map: &SpaceMap, position: usize, elsewhere: bool) -> Vec<Export> {
             size: map.size(),
             segment,
             read_only: false,
+            newest: None,
         });
     }
     for (at, server) in map.servers().iter().enumerate() {
@@ -71,10 +79,11 @@ fn exports_of(map: &SpaceMap, position: usize, elsewhere: bool) -> Vec<Export> {
                 size: segment,
                 segment,
                 read_only: false,
+                newest: None,
             });
         }
     }
-    exports
+    Exports::new(exports).expect("a map has segments, and each its own number")
 }
 
 impl Nbd {
@@ -84,13 +93,12 @@ impl Nbd {
         errands: Option<Arc<Errands>>,
         data: Option<OwnedFd>,
     ) -> Self {
-        let exports = Exports::new(exports_of(map, position, errands.is_some()));
         Self {
-            exports: Arc::new(exports.expect("a map has segments, and each its own number")),
             errands,
             start: map.addresses(position).start,
             holes: Holes::new(data),
             clients: 0,
+            data,
             serial: 0,
             out: (0, 0),
             waiting: Vec::new(),
@@ -130,21 +138,47 @@ impl Nbd {
     }
 }
 
+/// An NBD client that has chosen an export of this server, on its way to the loop.
+pub struct Arrived {
+    /// Its socket; everything that it was to be sent so far has gone.
+    pub socket: OwnedFd,
+    /// Its session, with the export chosen.
+    pub session: Session,
+    /// What was received of it and not taken.
+    pub input: Vec<u8>,
+    /// Its place among all NBD clients.
+    pub seat: Seat,
+    /// What it does is counted here.
+    pub counted: Counted,
+}
+
+impl fmt::Debug for Arrived {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Arrived")
+            .field("export", &self.session.export())
+            .finish_non_exhaustive()
+    }
+}
+
 /// The state of one connection.
 pub(crate) struct Connected {
-    session: Option<Session>,
+    session: Session,
     key: Option<Key>,
     serial: u64,
-    counted: bool,
+    counted: Counted,
+    _seat: Seat,
 }
 
 impl Connected {
-    pub(super) fn new() -> Self {
+    /// The connection of a client that has arrived.
+    pub(super) fn new(session: Session, counted: Counted, seat: Seat, nbd: &mut Nbd) -> Self {
+        nbd.serial += 1;
         Self {
-            session: None,
+            session,
             key: None,
-            serial: 0,
-            counted: false,
+            serial: nbd.serial,
+            counted,
+            _seat: seat,
         }
     }
 
@@ -153,17 +187,17 @@ impl Connected {
         self.key = Some(key);
     }
 
-    pub(super) fn is_greeted(&self) -> bool {
-        let session = self.session.as_ref();
-        session.is_some_and(|session| session.export().is_some())
-    }
-
     pub(super) fn ended(&self, core: &mut Core) {
-        if self.counted {
-            core.nbd.clients -= 1;
-        }
         if let Some(key) = self.key {
             core.nbd.waiting.retain(|waiting| *waiting != key);
+        }
+    }
+
+    /// What the session has had since the last time.
+    fn count(&mut self) {
+        let counts = self.session.take_counts();
+        if counts != Counts::default() {
+            self.counted.add(counts.requests, counts.errors);
         }
     }
 
@@ -176,30 +210,17 @@ impl Connected {
         let Some(key) = self.key else {
             return Ok(Taken::Farewell);
         };
-        if self.session.is_none() {
-            if core.nbd.clients >= MAX_NBD_CLIENTS || core.stopping {
-                core.turned_away += 1;
-                return Ok(Taken::Farewell);
-            }
-            core.nbd.clients += 1;
-            core.nbd.serial += 1;
-            self.counted = true;
-            self.serial = core.nbd.serial;
-        }
-        let exports = &core.nbd.exports;
-        let session = self
-            .session
-            .get_or_insert_with(|| Session::new(Arc::clone(exports)));
         let from = out.bytes().len();
         let mut segment = Segment {
             core,
             key,
             serial: self.serial,
         };
-        let advanced = session.advance(input, out.bytes(), &mut segment);
+        let advanced = self.session.advance(input, out.bytes(), &mut segment);
         if out.bytes().len() > from {
             out.reply(from, core.barrier());
         }
+        self.count();
         Ok(match advanced.next {
             Next::More => Taken::Bytes(advanced.consumed),
             Next::Turn => Taken::Turn(advanced.consumed),
@@ -216,23 +237,22 @@ impl Connected {
 
     /// A unit came back from the gateway.
     pub(super) fn completed(&mut self, done: &Done, core: &Core, out: &mut Outbox) {
-        let Some(session) = &mut self.session else {
-            return;
-        };
         let from = out.bytes().len();
         let went = done.went.as_deref().map_err(|failure| *failure);
-        session.completed(done.unit, went, out.bytes());
+        self.session.completed(done.unit, went, out.bytes());
         if out.bytes().len() > from {
             out.reply(from, core.barrier());
         }
+        self.count();
     }
 
     /// NBD has no reply for a change that was made and may be lost: it is an error. False
     /// if it is none already, or a read.
-    pub(super) fn not_acknowledged(reply: &mut [u8]) -> bool {
+    pub(super) fn not_acknowledged(&self, reply: &mut [u8]) -> bool {
         let promised = reply.len() == 16 && reply.starts_with(&DONE);
         if promised {
             reply[4..8].copy_from_slice(&EIO);
+            self.counted.add(0, 1);
         }
         promised
     }
@@ -358,7 +378,8 @@ impl Backing for Segment<'_> {
                 let start = self.core.nbd.start;
                 let until = if at < start { end.min(start) } else { end };
                 let len = until - at;
-                into.push(Extent { len, hole: false });
+                let kind = Kind::Data;
+                into.push(Extent { len, kind });
                 at = until;
                 continue;
             };
@@ -368,7 +389,8 @@ impl Backing for Segment<'_> {
             let hole = start > offset;
             let until = if hole { start } else { stop };
             let len = (until - offset).max(1);
-            into.push(Extent { len, hole });
+            let kind = Kind::of_hole(hole);
+            into.push(Extent { len, kind });
             at += len;
         }
     }

@@ -16,7 +16,6 @@ use super::core::Core;
 use super::errands::Errands;
 use super::outbox::Outbox;
 use super::safety::Safety;
-use super::speaks::Protocol;
 use crate::engine::keys::{Key, Keyed};
 use crate::limits;
 use crate::sys::SysError;
@@ -75,7 +74,6 @@ impl Token {
 /// A listening socket.
 pub(super) struct OpenDoor {
     pub(super) socket: Arc<OwnedFd>,
-    pub(super) protocol: Protocol,
     /// Whether it is a Unix socket.
     pub(super) is_local: bool,
 }
@@ -280,6 +278,7 @@ impl Loop {
     fn obey(&mut self, command: Command) {
         match command {
             Command::Settled { change, is_safe } => self.settled(change, is_safe),
+            Command::Adopt(arrived) => self.arrived(*arrived),
             Command::Stop => {
                 self.core.stopping = true;
                 self.ends_at = Some(Instant::now() + DRAIN);

@@ -7,15 +7,6 @@ use super::nbd::Connected;
 use super::outbox::Outbox;
 use crate::engine::keys::Key;
 
-/// Which protocol is spoken behind a listening socket.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Protocol {
-    /// That of [`crate::space::frame`].
-    Native,
-    /// That of [`crate::nbd`].
-    Nbd,
-}
-
 /// What was taken from the front of the bytes received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Taken {
@@ -41,13 +32,6 @@ pub(crate) enum Speaks {
 }
 
 impl Speaks {
-    pub(super) fn new(protocol: &Protocol, is_local: bool) -> Self {
-        match protocol {
-            Protocol::Native => Self::Native(Native::new(is_local)),
-            Protocol::Nbd => Self::Nbd(Connected::new()),
-        }
-    }
-
     /// The name of its connection.
     pub(super) fn placed(&mut self, key: Key) {
         match self {
@@ -82,7 +66,8 @@ impl Speaks {
     pub(super) fn is_greeted(&self) -> bool {
         match self {
             Self::Native(native) => native.is_greeted(),
-            Self::Nbd(nbd) => nbd.is_greeted(),
+            // It was, where it was accepted.
+            Self::Nbd(_) => true,
         }
     }
 
@@ -91,7 +76,7 @@ impl Speaks {
     pub(super) fn not_acknowledged(&self, reply: &mut [u8]) -> bool {
         match self {
             Self::Native(_) => Native::not_acknowledged(reply),
-            Self::Nbd(_) => Connected::not_acknowledged(reply),
+            Self::Nbd(nbd) => nbd.not_acknowledged(reply),
         }
     }
 

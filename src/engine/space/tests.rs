@@ -34,15 +34,18 @@ fn config_in(folder: &tempfile::TempDir, limits: SpaceLimits) -> SpaceServerConf
     };
     SpaceServerConfig {
         map,
+    let config = SpaceServerConfig {
+        map: map.clone(),
         position: 1,
         incarnation: Incarnation(5),
         limits,
         doors: vec![
-            door(Place::Tcp("127.0.0.1:0".parse().expect("an address"))),
-            door(Place::Unix(folder.path().join("space.sock"))),
+            Place::Tcp("127.0.0.1:0".parse().expect("an address")),
+            Place::Unix(folder.path().join("space.sock")),
         ],
         data: None,
         errands: None,
+        nbd: None,
         replica: None,
         log: None,
     }

@@ -223,7 +223,10 @@ fn a_failed_piece_fails_the_whole_write() {
 #[test]
 fn block_status_is_cut_to_the_question() {
     let mut client = Client::connected("all", true);
-    let extent = |len, hole| Extent { len, hole };
+    let extent = |len, hole| Extent {
+        len,
+        kind: Kind::of_hole(hole),
+    };
     for (holes, flags, len, expected) in [
         (vec![], 0, 4096, vec![(4096, 0)]),
         (vec![extent(0, true)], 0, 9, vec![(9, 0)]),

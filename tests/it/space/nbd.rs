@@ -4,6 +4,7 @@
 //! nothing lies where it would be convenient.
 
 mod hostile;
+mod regions;
 mod tools;
 
 use std::fs;

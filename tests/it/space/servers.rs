@@ -18,7 +18,7 @@ pub(crate) struct Servers {
 }
 
 /// An address of this host that no other test has, in this process or another.
-fn own_address() -> String {
+pub(crate) fn own_address() -> String {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let next = NEXT.fetch_add(1, Ordering::Relaxed);
     let pid = std::process::id();

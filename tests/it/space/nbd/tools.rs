@@ -106,6 +106,10 @@ impl Tool {
 }
 
 impl Running {
+    pub(super) fn has_ended(&mut self) -> bool {
+        self.child.try_wait().expect("waited for").is_some()
+    }
+
     /// Waits for a good end; what it said.
     #[track_caller]
     pub(super) fn succeeds(self) -> String {
