@@ -5,6 +5,7 @@
 
 mod hostile;
 mod regions;
+mod service;
 mod tools;
 
 use std::fs;
