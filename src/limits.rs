@@ -154,6 +154,8 @@ limits! {
     MAX_NBD_ERRANDS = 4096, Count;
     /// Places where one process serves NBD clients.
     MAX_NBD_PLACES = 16, Count;
+    /// Runs in one answer of a server of a space to a question for holes; each costs it two system calls.
+    MAX_SPACE_RUNS = 256, Count;
     /// NBD connections to one process, whatever they have chosen.
     MAX_NBD_CLIENTS = 256, Count;
     /// Exports that NBD figures are shown of; more than clients can be connected to.

@@ -133,12 +133,13 @@ pub trait Backing {
     /// Sets the bytes of `unit` to zero.
     fn zero(&mut self, unit: Unit, how: Zeroing) -> Answer;
 
-    /// Appends what `address .. address + len` consists of to `into`, from its beginning
-    /// on, at most `most` extents; nothing means that all of it is memory.
-    fn extents(&mut self, address: u64, len: u64, most: usize, into: &mut Vec<Extent>);
+    /// Appends what `unit` consists of to `into`, from its beginning on, at most `most`
+    /// extents; nothing means that all of it is memory. With [`Answer::Later`]
+    /// [`Session::told`](super::Session::told) will be called with it.
+    fn extents(&mut self, unit: Unit, most: usize, into: &mut Vec<Extent>) -> Answer;
 
-    /// The same of what was changed since an epoch; nothing means that all of it may have
-    /// been. Asked only where the export says that it has epochs.
+    /// The same of what was changed since an epoch, at once; nothing means that all of it
+    /// may have been. Asked only where the export says that it has epochs.
     fn changed(
         &mut self,
         _since: Since,

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::backing::{Backing, Failure, Unit};
+use super::backing::{Backing, Extent, Failure, Unit};
 use super::export::{Catalog, Export};
 use super::handshake::{Handshake, Progress};
 use super::transmission::{Counts, Transmission};
@@ -173,6 +173,14 @@ impl Session {
     pub fn completed(&mut self, unit: Unit, went: Result<&[u8], Failure>, out: &mut Vec<u8>) {
         if let Phase::Transmission(transmission) = &mut self.phase {
             transmission.completed(unit, went, out);
+        }
+    }
+
+    /// The extents of a unit for which [`extents`](super::Backing::extents) were to come
+    /// later; if they do not, it is [`completed`](Self::completed) with a failure.
+    pub fn told(&mut self, unit: Unit, extents: Vec<Extent>, out: &mut Vec<u8>) {
+        if let Phase::Transmission(transmission) = &mut self.phase {
+            transmission.told(unit, extents, out);
         }
     }
 

@@ -35,6 +35,7 @@ enum What {
     Read,
     Write(Vec<u8>),
     Zero,
+    Holes,
 }
 
 impl Memory {
@@ -83,6 +84,7 @@ impl Memory {
             What::Read => return self.bytes[range].to_vec(),
             What::Write(bytes) => self.bytes[range].copy_from_slice(&bytes),
             What::Zero => self.bytes[range].fill(0),
+            What::Holes => {}
         }
         Vec::new()
     }
@@ -106,8 +108,12 @@ impl Backing for Memory {
         self.answer(unit, What::Zero)
     }
 
-    fn extents(&mut self, _: u64, _: u64, _: usize, into: &mut Vec<Extent>) {
-        into.extend_from_slice(&self.holes);
+    fn extents(&mut self, unit: Unit, _: usize, into: &mut Vec<Extent>) -> Answer {
+        let answer = self.answer(unit, What::Holes);
+        if answer == Answer::Done {
+            into.extend_from_slice(&self.holes);
+        }
+        answer
     }
 }
 
@@ -236,6 +242,9 @@ impl Client {
         if self.memory.fails {
             self.session
                 .completed(kept.unit, Err(Failure::Io), &mut self.out);
+        } else if let What::Holes = kept.what {
+            let holes = self.memory.holes.clone();
+            self.session.told(kept.unit, holes, &mut self.out);
         } else {
             let bytes = self.memory.carry_out(kept.unit, kept.what);
             self.session.completed(kept.unit, Ok(&bytes), &mut self.out);

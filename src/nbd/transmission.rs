@@ -10,19 +10,20 @@
 //! - I2: a read that has to come in one piece and is longer than a piece of the backing
 //!   (`Current::Stream`) has the connection to itself.
 
+mod status;
+
 use slab::Slab;
 
-use super::backing::{Answer, Backing, Extent, Failure, Kind, Unit, Zeroing};
+use super::backing::{Answer, Backing, Extent, Failure, Unit, Zeroing};
 use super::command::{Command, Request};
-use super::context::Context;
 use super::export::Export;
 use super::handshake::Agreed;
 use super::numbers::REQUEST_BYTES;
 use super::reply;
 use super::session::{Advanced, Next, Violation};
 use crate::limits::{
-    MAX_NBD_EXTENTS, MAX_NBD_IN_FLIGHT, MAX_SPACE_OPERATION, NBD_PIECE, NBD_STAGED, NBD_TURN,
-    NBD_ZERO_PIECE, SPACE_STRIPE,
+    MAX_NBD_IN_FLIGHT, MAX_SPACE_OPERATION, NBD_PIECE, NBD_STAGED, NBD_TURN, NBD_ZERO_PIECE,
+    SPACE_STRIPE,
 };
 
 /// A request of which something is under way.
@@ -35,6 +36,8 @@ struct Flight {
     /// Whether all units have been made.
     whole: bool,
     failed: Option<Failure>,
+    /// Of a question of block status: extents that the answer may have.
+    status: Option<usize>,
 }
 
 /// Offsets of the export that are still to be done.
@@ -216,7 +219,7 @@ impl Transmission {
         match command {
             Command::Disconnect => self.ending = true,
             Command::Nothing => reply::simple(out, cookie, 0),
-            Command::Status { one } => self.status(out, backing, &request, one),
+            Command::Status { one } => return self.status(out, backing, &request, one),
             Command::Zero(how) => return self.zero(out, backing, &request, how),
             Command::Read { whole } => return self.read(out, backing, &request, whole),
             Command::Write => return self.write(input, out, backing, &request),
@@ -242,6 +245,7 @@ impl Transmission {
             left: 0,
             whole: false,
             failed: None,
+            status: None,
         };
         self.flights.insert(flight) as u32
     }
@@ -668,7 +672,9 @@ impl Transmission {
         if flight.left == 0 {
             return;
         }
-        self.staged = self.staged.saturating_sub(unit.len.into());
+        if flight.status.is_none() {
+            self.staged = self.staged.saturating_sub(unit.len.into());
+        }
         flight.left -= 1;
         let went = match went {
             Ok(bytes) if flight.reads && bytes.len() != unit.len as usize => Err(Failure::Io),
@@ -721,28 +727,5 @@ fn append(backing: &mut dyn Backing, unit: Unit, out: &mut Vec<u8>) -> Answer {
     match backing.read(unit, out) {
         Answer::Done if out.len() - start != unit.len as usize => Answer::Failed(Failure::Io),
         answer => answer,
-    }
-}
-
-/// Makes what a backing said of `len` bytes fit to be sent: neighbours of one kind merged,
-/// nothing empty, nothing behind the end, at least one and at most `most`.
-fn tidy_extents(extents: &mut Vec<Extent>, len: u64, most: usize, unknown: Kind) {
-    let mut left = len;
-    extents.retain_mut(|extent| {
-        extent.len = extent.len.min(left);
-        left -= extent.len;
-        extent.len > 0
-    });
-    extents.dedup_by(|next, before| {
-        let same = next.kind == before.kind;
-        if same {
-            before.len += next.len;
-        }
-        same
-    });
-    extents.truncate(most);
-    if extents.is_empty() {
-        let kind = unknown;
-        extents.push(Extent { len, kind });
     }
 }

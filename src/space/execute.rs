@@ -74,8 +74,8 @@ impl Executor {
     }
 
     /// Carries out one request with its body and appends the body of its reply to `out`;
-    /// nothing if it is refused. [`Operation::Stat`] is left to whoever knows the server:
-    /// here it does nothing, like [`Operation::Ping`].
+    /// nothing if it is refused. [`Operation::Stat`] and [`Operation::Holes`] are
+    /// left to whoever knows the server.
     pub fn execute(
         &mut self,
         memory: &mut dyn Memory,
@@ -165,7 +165,9 @@ impl Executor {
                 self.store(memory, offset, value.wrapping_add(word(item.body, 0)));
                 Outcome { value, flags: 0 }
             }
-            Operation::Batch | Operation::Stat | Operation::Ping => Outcome::default(),
+            Operation::Batch | Operation::Stat | Operation::Ping | Operation::Holes => {
+                Outcome::default()
+            }
         }
     }
 
@@ -271,7 +273,7 @@ fn check(size: u64, item: &Item<'_>) -> Result<(), Status> {
     let len = u64::from(item.len);
     match item.operation {
         Operation::Stat | Operation::Ping => return Ok(()),
-        Operation::Batch => return Err(Status::Malformed),
+        Operation::Batch | Operation::Holes => return Err(Status::Malformed),
         _ if len > MAX_SPACE_OPERATION => return Err(Status::TooLong),
         Operation::CompareExchange | Operation::FetchAdd
             if len != 8 || !item.offset.is_multiple_of(8) =>

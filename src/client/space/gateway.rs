@@ -18,7 +18,7 @@ use std::time::Instant;
 use super::error::{Failure as Why, SpaceError};
 use super::submit::Answer;
 use super::{Space, SpaceOptions, Ticket};
-use crate::engine::space::{Errand, Errands, What};
+use crate::engine::space::{Errand, Errands, Went, What};
 use crate::nbd::Failure;
 use crate::space::SpaceConfig;
 use crate::sys::net::{self, Watched};
@@ -129,6 +129,7 @@ impl Bearer {
             What::Read => self.space.submit_read(address, len),
             What::Write(bytes) => self.space.submit_write(address, std::mem::take(bytes)),
             What::Zero => self.space.submit_fill(address, len, 0),
+            What::Holes => self.space.submit_holes(address, len),
         };
         match submitted {
             Ok(ticket) => {
@@ -159,8 +160,9 @@ impl Bearer {
             return;
         };
         let went = match answer {
-            Ok(Answer::Bytes(bytes)) => Ok(bytes),
-            Ok(_) => Ok(Vec::new()),
+            Ok(Answer::Bytes(bytes)) => Ok(Went::Bytes(bytes)),
+            Ok(Answer::Runs(runs)) => Ok(Went::Runs(runs)),
+            Ok(_) => Ok(Went::Bytes(Vec::new())),
             Err(error) => {
                 tracing::warn!(%error, "an NBD request failed on another server");
                 self.accept_losses(&error);

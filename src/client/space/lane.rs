@@ -31,7 +31,7 @@ use super::error::{Failure, ReplyError, Unanswered};
 use super::operations::{Lent, Operations, Ticket};
 use crate::limits;
 use crate::space::frame::{
-    Incarnation, Operation, REPLY_BYTES, Reply, ReplyHeader, Request, Status, Welcome,
+    Incarnation, Operation, REPLY_BYTES, Reply, ReplyHeader, Request, Status, TELLS_HOLES, Welcome,
 };
 
 /// Requests gathered for one send.
@@ -116,7 +116,7 @@ impl Run {
     /// Bytes that it makes a server or a socket hold.
     fn weight(&self) -> u64 {
         match self.operation {
-            Operation::Fill => 1,
+            Operation::Fill | Operation::Holes => 1,
             Operation::Batch => u64::from(self.body_len),
             _ => self.len,
         }
@@ -165,6 +165,8 @@ pub(super) struct Lane {
     given_up: usize,
     weight: u64,
     limit: usize,
+    /// Whether the server says which parts of its segment are holes.
+    tells_holes: bool,
     out: Vec<u8>,
     out_at: usize,
     tail: Option<Tail>,
@@ -195,6 +197,7 @@ impl Lane {
             given_up: 0,
             weight: 0,
             limit: 1,
+            tells_holes: false,
             out: Vec::new(),
             out_at: 0,
             tail: None,
@@ -270,6 +273,7 @@ impl Lane {
         }
         let most = limits::SPACE_CLIENT_IN_FLIGHT as usize;
         self.limit = (welcome.max_in_flight as usize).clamp(1, most);
+        self.tells_holes = welcome.flags & TELLS_HOLES != 0;
         operations.epoch = operations.epoch.max(welcome.epoch);
         match self.known {
             None => self.known = Some(welcome.incarnation),
@@ -295,6 +299,11 @@ impl Lane {
             let Some(run) = self.runs.pop_front() else {
                 return;
             };
+            if run.operation == Operation::Holes && !self.tells_holes {
+                // An older server would end the connection; this is an answer too.
+                operations.closed(run.ticket);
+                continue;
+            }
             let (piece, rest) = run.cut();
             let window = self.weight + piece.weight() > limits::SPACE_WINDOW && self.live > 0;
             if self.live >= self.limit || window {
@@ -456,6 +465,7 @@ impl Lane {
         let expected = match (header.reply.status, operation) {
             (Status::Done, Operation::Read) => Some(piece.len),
             (Status::Done | Status::NotAcknowledged, Operation::Stat | Operation::Batch) => None,
+            (Status::Done, Operation::Holes) => None,
             _ => Some(0),
         };
         let found = u64::from(header.body_len);

@@ -8,7 +8,7 @@ use super::lane::Run;
 use super::operations::{Asked, Lent, Ticket, Underway};
 use super::{Failure, Space};
 use crate::limits;
-use crate::space::frame::{FrameError, Operation};
+use crate::space::frame::{FrameError, Operation, runs};
 use crate::sys::dial;
 use crate::units::checked_range;
 use crate::words::RegionName;
@@ -32,6 +32,8 @@ pub enum Answer {
     Batch(Vec<BatchAnswer>),
     /// How a server goes, as JSON.
     Stat(String),
+    /// What a range consists of, from its beginning on: bytes, and whether they are a hole.
+    Runs(Vec<(u64, bool)>),
 }
 
 impl Space {
@@ -163,6 +165,16 @@ impl Space {
     /// [`SpaceError::OutOfRange`], [`SpaceError::Full`].
     pub fn submit_fill(&mut self, offset: u64, len: u64, byte: u8) -> Result<Ticket, SpaceError> {
         let ticket = self.begin_fill(offset, len, byte);
+        self.submitted(ticket)
+    }
+
+    /// Submits a question for the holes of `len` bytes, as far as they lie on one server and
+    /// it tells; [`Answer::Runs`] has them. None if the server does not know.
+    ///
+    /// # Errors
+    /// [`SpaceError::OutOfRange`], [`SpaceError::Full`].
+    pub fn submit_holes(&mut self, offset: u64, len: u64) -> Result<Ticket, SpaceError> {
+        let ticket = self.begin_holes(offset, len);
         self.submitted(ticket)
     }
 
@@ -391,6 +403,28 @@ impl Space {
         ticket
     }
 
+    fn begin_holes(&mut self, offset: u64, len: u64) -> Result<Ticket, SpaceError> {
+        checked_range(offset, len, self.size())?;
+        self.check_room()?;
+        let segment = self.config.map.segment_size();
+        let at = offset % segment;
+        let asked = self.asked(Operation::Holes, offset, Vec::new(), false);
+        let now = asked.deadline.checked_sub(self.deadline);
+        let ticket = self.begin(asked);
+        let run = Run {
+            ticket,
+            operation: Operation::Holes,
+            changes: false,
+            offset: at,
+            len: len.min(segment - at).min(u32::MAX.into()),
+            at: 0,
+            body_len: 0,
+            address: offset,
+        };
+        self.push((offset / segment) as usize, run, now);
+        Ok(ticket)
+    }
+
     fn begin(&mut self, asked: Asked) -> Ticket {
         let look = self
             .next_look
@@ -451,6 +485,10 @@ impl Space {
                     Some(answers) => Ok(Answer::Batch(answers)),
                     None => Err(self.unread_batch(found)),
                 };
+            }
+            Operation::Holes => {
+                let body = found.bodies.first().map_or(&[][..], |(_, body)| body);
+                Answer::Runs(runs(body).collect())
             }
             Operation::Stat => {
                 let text = found.bodies.first().map_or(&[][..], |(_, text)| text);

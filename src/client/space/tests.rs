@@ -8,7 +8,7 @@ use proptest::prelude::*;
 
 use super::*;
 use crate::limits::{MAX_SPACE_OPERATION, MAX_SPACE_TICKETS};
-use crate::space::frame::{Incarnation, Refusal, Status};
+use crate::space::frame::{Incarnation, Operation, Refusal, Status, TELLS_HOLES};
 use crate::units::MIB;
 use server::{Server, Trick, space_of};
 
@@ -501,6 +501,27 @@ fn a_server_that_ends_is_waited_for() {
         panic!("refused")
     };
     assert_eq!(found, status);
+}
+
+/// One that does not say in its welcome that it knows would end the connection.
+#[test]
+fn who_does_not_tell_holes_is_not_asked() {
+    let (servers, mut space) = space(2, 4096);
+    servers[0].plays(|_, request| {
+        assert_ne!(request.operation, Operation::Holes);
+        Trick::None
+    });
+    let ticket = space.submit_holes(4000, 4192).expect("room");
+    let answer = space.wait(ticket).expect("answered");
+    assert_eq!(answer, Answer::Runs(Vec::new()));
+    assert!(matches!(
+        space.submit_holes(8192, 1),
+        Err(SpaceError::OutOfRange(_))
+    ));
+    servers[1].greets(|welcome| welcome.flags |= TELLS_HOLES);
+    let ticket = space.submit_holes(5000, 3192).expect("room");
+    let runs = vec![(96, true), (3096, false)];
+    assert_eq!(space.wait(ticket).expect("answered"), Answer::Runs(runs));
 }
 
 #[test]

@@ -8,9 +8,11 @@ use super::live::{Figures, SpaceWatch};
 use super::log::Log;
 use super::nbd::Nbd;
 use crate::checksum::Digest;
+use crate::limits::MAX_SPACE_RUNS;
 use crate::space::execute::Executor;
-use crate::space::frame::{Incarnation, Reply, Request, Status};
+use crate::space::frame::{Incarnation, Reply, Request, Status, append_run};
 use crate::space::memory::Memory;
+use crate::units::checked_range;
 
 /// What a server says of itself in greetings.
 #[derive(Clone, Copy, Debug)]
@@ -121,6 +123,18 @@ impl Core {
         self.show();
         // Numbers and plain words: nothing in it cannot be written.
         serde_json::to_vec(&self.watch.status()).unwrap_or_default()
+    }
+
+    /// Appends what a range consists of.
+    pub(crate) fn holes(&self, request: &Request, out: &mut Vec<u8>) -> Status {
+        let (offset, len) = (request.offset, u64::from(request.len));
+        if checked_range(offset, len, self.card.segment_size).is_err() {
+            return Status::OutOfRange;
+        }
+        for (len, hole) in self.nbd.runs(offset, len).take(MAX_SPACE_RUNS as usize) {
+            append_run(out, len, hole);
+        }
+        Status::Done
     }
 
     /// Whether clients on this host may map the segment.

@@ -22,6 +22,28 @@ pub enum What {
     Write(Vec<u8>),
     /// Set them to zero.
     Zero,
+    /// Ask which of them are holes.
+    Holes,
+}
+
+impl What {
+    /// Bytes that `unit` has wait.
+    pub(super) fn weight(&self, unit: Unit) -> u64 {
+        match self {
+            Self::Holes => 0,
+            _ => unit.len.into(),
+        }
+    }
+}
+
+/// What an errand brought.
+#[derive(Debug)]
+pub enum Went {
+    /// The bytes of a read; otherwise none.
+    Bytes(Vec<u8>),
+    /// What the range consists of, from its beginning on: bytes, and whether they are a
+    /// hole. None where that is not told.
+    Runs(Vec<(u64, bool)>),
 }
 
 /// A unit on its way out.
@@ -37,10 +59,11 @@ pub struct Errand {
 }
 
 impl Errand {
-    /// The answer to it, with the bytes of a read.
-    pub fn done(&self, went: Result<Vec<u8>, Failure>) -> Done {
+    /// The answer to it.
+    pub fn done(&self, went: Result<Went, Failure>) -> Done {
         Done {
             connection: self.connection,
+            weight: self.what.weight(self.unit),
             unit: self.unit,
             went,
         }
@@ -52,7 +75,8 @@ impl Errand {
 pub struct Done {
     pub(super) connection: u64,
     pub(super) unit: Unit,
-    pub(super) went: Result<Vec<u8>, Failure>,
+    pub(super) weight: u64,
+    pub(super) went: Result<Went, Failure>,
 }
 
 /// Both ways. Two are equal if they are the same.

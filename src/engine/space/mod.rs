@@ -45,7 +45,7 @@ use std::time::Duration;
 
 use self::core::Core;
 use commands::{Command, Commands};
-pub use errands::{Done, Errand, Errands, What};
+pub use errands::{Done, Errand, Errands, Went, What};
 pub use live::SpaceWatch;
 use log::Log;
 use nbd::Nbd;

@@ -6,7 +6,8 @@ use super::speaks::{Broken, Taken};
 use crate::limits::SPACE_TURN;
 use crate::space::frame::{
     self, HAS_MAPPING, HAS_REPLICA, HELLO_BYTES, Hello, Operation, REPLY_BYTES, REQUEST_BYTES,
-    Refusal, Reply, ReplyHeader, Request, RequestHeader, Status, WANTS_MAPPING, Welcome,
+    Refusal, Reply, ReplyHeader, Request, RequestHeader, Status, TELLS_HOLES, WANTS_MAPPING,
+    Welcome,
 };
 
 /// One client's connection: greeting, then requests.
@@ -88,7 +89,11 @@ impl Native {
             tracing::info!(?refusal, "a client was turned away");
             State::TurnedAway
         };
-        let mut flags = 0;
+        let mut flags = if core.nbd.knows_holes() {
+            TELLS_HOLES
+        } else {
+            0
+        };
         if core.card.replicated {
             flags |= HAS_REPLICA;
         }
@@ -147,6 +152,8 @@ impl Native {
             bytes.extend(core.stat());
             self.turn += STAT_COST;
             refused(request, Status::Done)
+        } else if request.operation == Operation::Holes {
+            refused(request, core.holes(request, bytes))
         } else {
             core.execute(request, body, bytes)
         };

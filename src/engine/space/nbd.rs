@@ -17,6 +17,7 @@ use std::sync::Arc;
 use super::core::Core;
 use super::errands::{Done, Errand, Errands, What};
 use super::holes::Holes;
+use super::errands::{Done, Errand, Errands, Went, What};
 use super::outbox::Outbox;
 use super::speaks::{Broken, Taken};
 use crate::engine::keys::Key;
@@ -105,6 +106,39 @@ impl Nbd {
         }
     }
 
+    /// Whether the holes of the segment are known.
+    pub(super) fn knows_holes(&self) -> bool {
+        self.data.is_some()
+    }
+
+    /// Data in `offset .. offset + len` of the segment, from the first extent at or behind
+    /// `offset` on; all of it where holes are not told.
+    fn next_data(&self, offset: u64, len: u64) -> (u64, u64) {
+        let end = offset + len;
+        let found = match &self.data {
+            Some(fd) => memfd::next_data(fd, offset),
+            None => return (offset, end),
+        };
+        match found {
+            Ok(Some(data)) => (data.start.clamp(offset, end), data.end.clamp(offset, end)),
+            Ok(None) => (end, end),
+            Err(_) => (offset, end),
+        }
+    }
+
+    /// What a range of the segment consists of, from its beginning on: bytes, and whether
+    /// they are a hole.
+    pub(super) fn runs(&self, offset: u64, len: u64) -> impl Iterator<Item = (u64, bool)> {
+        let (mut at, end) = (offset, offset + len);
+        std::iter::from_fn(move || {
+            let (start, stop) = (at < end).then(|| self.next_data(at, end - at))?;
+            let hole = start > at;
+            let len = (if hole { start } else { stop } - at).max(1);
+            at += len;
+            Some((len, hole))
+        })
+    }
+
     /// The way to other servers.
     pub(super) fn errands(&self) -> Option<&Arc<Errands>> {
         self.errands.as_ref()
@@ -114,7 +148,7 @@ impl Nbd {
     pub(super) fn next_done(&mut self) -> Option<Done> {
         let done = self.errands.as_ref()?.take_done()?;
         let (units, bytes) = self.out;
-        self.out = (units - 1, bytes - u64::from(done.unit.len));
+        self.out = (units - 1, bytes - done.weight);
         Some(done)
     }
 
@@ -238,8 +272,16 @@ impl Connected {
     /// A unit came back from the gateway.
     pub(super) fn completed(&mut self, done: &Done, core: &Core, out: &mut Outbox) {
         let from = out.bytes().len();
-        let went = done.went.as_deref().map_err(|failure| *failure);
-        self.session.completed(done.unit, went, out.bytes());
+        match &done.went {
+            Ok(Went::Bytes(bytes)) => self.session.completed(done.unit, Ok(bytes), out.bytes()),
+            Ok(Went::Runs(runs)) => {
+                let extents = runs.iter().copied().map(extent_of).collect();
+                self.session.told(done.unit, extents, out.bytes());
+            }
+            Err(failure) => self
+                .session
+                .completed(done.unit, Err(*failure), out.bytes()),
+        }
         if out.bytes().len() > from {
             out.reply(from, core.barrier());
         }
@@ -306,8 +348,9 @@ impl Segment<'_> {
         if errands.is_closed() {
             return Answer::Failed(Failure::Io);
         }
+        let what = what();
         let (units, bytes) = nbd.out;
-        let staged = bytes + u64::from(unit.len);
+        let staged = bytes + what.weight(unit);
         if units >= MAX_NBD_ERRANDS || (units > 0 && staged > NBD_STAGED_BY_ALL) {
             return Answer::Busy;
         }
@@ -315,7 +358,7 @@ impl Segment<'_> {
             connection: self.key.to_bits(),
             serial: self.serial,
             unit,
-            what: what(),
+            what,
         };
         if !errands.send(errand) {
             return Answer::Busy;
@@ -357,6 +400,7 @@ impl Backing for Segment<'_> {
                 Zeroing::Sparse | Zeroing::Discard => {
                     self.core.nbd.holes.next_data(at, end, &mut looks)
                 }
+                Zeroing::Sparse | Zeroing::Discard => self.core.nbd.next_data(at, end - at),
             };
             if start < stop {
                 let place = (start, (stop - start) as u32);
@@ -416,4 +460,16 @@ mod tests {
         assert_eq!(order, [9, 4, 7, 2].map(key));
         assert!(nbd.take_waiting(&[]).is_empty());
     }
+    /// What lies on one server, which is the beginning of a longer range.
+    fn extents(&mut self, mut unit: Unit, most: usize, into: &mut Vec<Extent>) -> Answer {
+        let segment = self.core.card.segment_size;
+        let left = segment - unit.address % segment;
+        unit.len = u64::from(unit.len).min(left) as u32;
+        let Some(offset) = self.here(unit.address, unit.len.into()) else {
+            return self.elsewhere(unit, || What::Holes);
+        let runs = self.core.nbd.runs(offset, unit.len.into()).take(most);
+        into.extend(runs.map(extent_of));
+        Answer::Done
+fn extent_of((len, hole): (u64, bool)) -> Extent {
+    Extent { len, kind }
 }

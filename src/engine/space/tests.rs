@@ -214,6 +214,11 @@ fn both_sockets_reach_the_same_bytes() {
     assert_eq!(body, b"over an edge");
     let (reply, _) = b.ask(Operation::Read, u64::MAX, 12, b"");
     assert_eq!(reply.status, Status::OutOfRange);
+    // Nothing is said of holes without the segment's memory file.
+    let (_, body) = b.ask(Operation::Holes, 4096, 8192, b"");
+    assert!(crate::space::frame::runs(&body).eq([(8192, false)]));
+    let (reply, _) = b.ask(Operation::Holes, K - 1, 2, b"");
+    assert_eq!(reply.status, Status::OutOfRange);
     let (_, json) = b.ask(Operation::Stat, 0, 0, b"");
     let json: serde_json::Value = serde_json::from_slice(&json).expect("JSON");
     assert_eq!(

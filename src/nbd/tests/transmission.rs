@@ -251,6 +251,30 @@ fn block_status_is_cut_to_the_question() {
 }
 
 #[test]
+fn block_status_that_comes_later_is_cut_too_and_can_fail() {
+    let mut client = Client::connected("all", true);
+    client.memory.later = true;
+    client.memory.holes = [(9, true), (1 << 40, false)]
+        .map(|(len, hole)| Extent {
+            len,
+            kind: Kind::of_hole(hole),
+        })
+        .to_vec();
+    for (cookie, flags) in [(1, 0), (2, 8), (3, 0)] {
+        client.request(flags, STATUS, cookie, 5, 20);
+    }
+    client.complete(1);
+    client.complete(0);
+    client.memory.fails = true;
+    client.complete(0);
+    let replies = client.replies(&BTreeMap::new());
+    assert_eq!(replies[&1].extents, [(9, 3), (11, 0)]);
+    assert_eq!(replies[&2].extents, [(9, 3)]);
+    assert_eq!((replies[&3].error, replies[&3].extents.len()), (EIO, 0));
+    assert_eq!(client.session.waiting(), (0, 0));
+}
+
+#[test]
 fn a_disconnect_waits_for_what_is_under_way() {
     let mut client = Client::connected("all", false);
     client.memory.later = true;

@@ -113,20 +113,22 @@ impl Backing for Memory {
         Answer::Failed(Failure::ReadOnly)
     }
 
-    fn extents(&mut self, address: u64, len: u64, most: usize, into: &mut Vec<Extent>) {
-        let end = address + len;
+    fn extents(&mut self, unit: Unit, most: usize, into: &mut Vec<Extent>) -> Answer {
+        let end = unit.address + u64::from(unit.len);
         let Some(joined) = self.0.as_ref().filter(|joined| joined.is_there(end)) else {
-            return;
+            return Answer::Failed(Failure::Io);
         };
-        let mut at = address;
+        let mut at = unit.address;
         while at < end && into.len() < most {
             let run = joined.run(at, end);
             at += run.len;
             into.push(run);
         }
-        // What is gone by now has no holes: to read it is an error.
-        if !joined.is_there(end) {
-            into.clear();
+        // What is gone by now has no holes.
+        if joined.is_there(end) {
+            Answer::Done
+        } else {
+            Answer::Failed(Failure::Io)
         }
     }
 

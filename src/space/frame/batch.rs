@@ -112,7 +112,7 @@ pub fn items(
         let operation = Operation::of(raw.operation)?;
         if matches!(
             operation,
-            Operation::Batch | Operation::Stat | Operation::Ping
+            Operation::Batch | Operation::Stat | Operation::Ping | Operation::Holes
         ) {
             return Err(FrameError::NoItem { operation });
         }

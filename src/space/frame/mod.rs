@@ -25,6 +25,7 @@
 //! | [`Operation::Batch`] | items | items, see [`Item`] | 0 | results, see [`ItemResult`] |
 //! | [`Operation::Stat`] | 0 | | 0 | JSON |
 //! | [`Operation::Ping`] | 0 | | 0 | |
+//! | [`Operation::Holes`] | bytes, of any length | | 0 | runs, see [`runs`] |
 //!
 //! Invariants:
 //! - I1: a header that differs in any bit from the one encoded is refused.
@@ -38,6 +39,7 @@
 
 mod batch;
 mod greeting;
+mod holes;
 #[cfg(test)]
 mod tests;
 
@@ -46,6 +48,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 pub use batch::{Item, ItemResult, item_results, items};
 pub use greeting::{Hello, Welcome};
+pub use holes::{append_run, runs};
 
 use crate::checksum::crc32c;
 use crate::limits::{MAX_SPACE_BATCH, MAX_SPACE_OPERATION};
@@ -190,13 +193,15 @@ numbers! {
         Stat = 7,
         /// Nothing: a sign of life.
         Ping = 8,
+        /// Which parts of a range have memory. Only for servers that [tell](TELLS_HOLES).
+        Holes = 9,
     }
 }
 
 impl Operation {
     /// Whether it may change the segment.
     pub fn changes(self) -> bool {
-        !matches!(self, Self::Read | Self::Stat | Self::Ping)
+        !matches!(self, Self::Read | Self::Stat | Self::Ping | Self::Holes)
     }
 }
 
@@ -247,6 +252,8 @@ pub const WANTS_MAPPING: u32 = 1;
 pub const HAS_MAPPING: u32 = 1;
 /// Flag of a welcome: replies follow the replica's acknowledgement.
 pub const HAS_REPLICA: u32 = 2;
+/// Flag of a welcome: [`Operation::Holes`] is answered.
+pub const TELLS_HOLES: u32 = 4;
 /// Flag of a reply to a compare-exchange: it was exchanged.
 pub const EXCHANGED: u8 = 1;
 
@@ -369,7 +376,7 @@ impl Request {
     /// Length that the body of such a request has; none where it has to be looked at.
     fn body_len(&self) -> Option<u64> {
         Some(match self.operation {
-            Operation::Read | Operation::Stat | Operation::Ping => 0,
+            Operation::Read | Operation::Stat | Operation::Ping | Operation::Holes => 0,
             Operation::Write => u64::from(self.len),
             Operation::Fill => 1,
             Operation::CompareExchange => 16,

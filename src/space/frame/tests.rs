@@ -126,6 +126,7 @@ fn bodies_fit_their_operations() {
         (Operation::CompareExchange, 8, 8),
         (Operation::FetchAdd, 8, 16),
         (Operation::Ping, 0, 1),
+        (Operation::Holes, 8, 8),
     ] {
         let bytes = request(operation, len).encode(&vec![0; body]);
         let refused = RequestHeader::decode(&bytes);

@@ -168,6 +168,62 @@ fn holes_are_told_and_zeroing_keeps_them() {
     assert_eq!(map(), expected.map(|(len, kind)| (Some(len), Some(kind))));
 }
 
+/// What no server has memory for is neither read nor written, wherever it lies.
+#[test]
+fn a_sparse_space_is_copied_sparse() {
+    if are_missing(&["nbdinfo", "nbdcopy", "qemu-img"]) {
+        return;
+    }
+    let exported = Exported::start();
+    let uri = exported.uri("all");
+    let map = || {
+        let said = Tool::new("nbdinfo").args(["--map", "--json", &uri]).says();
+        let said: Vec<serde_json::Value> = serde_json::from_str(&said).expect("JSON");
+        let number = |one: &serde_json::Value| one.as_u64().expect("a number");
+        let extent = |one: &serde_json::Value| (number(&one["length"]), number(&one["type"]));
+        said.iter().map(extent).collect::<Vec<_>>()
+    };
+    assert_eq!(map(), [(SPACE, 3)], "nothing is there yet");
+    // Over both edges, and in the midst of the last segment.
+    let page = 4096;
+    let mut space = exported.space();
+    for at in [SEGMENT - page, 2 * SEGMENT - page] {
+        space
+            .write(at, &vec![7; 2 * page as usize])
+            .expect("written");
+    }
+    space.write(SPACE - 10 * page, b"a page").expect("written");
+    let expected = [
+        (SEGMENT - page, 3),
+        (2 * page, 0),
+        (SEGMENT - 2 * page, 3),
+        (2 * page, 0),
+        (SEGMENT - 11 * page, 3),
+        (page, 0),
+        (9 * page, 3),
+    ];
+    assert_eq!(map(), expected);
+    let read = || {
+        let space = exported.servers.server(2).status().space;
+        space.expect("a space").read_bytes
+    };
+    let before = read();
+    let (raw, back) = (exported.path("raw"), exported.path("back"));
+    Tool::new("nbdcopy").arg(&uri).arg(&raw).succeeds();
+    let read = read() - before;
+    assert!(read < SEGMENT / 8, "{read} bytes were read of {SEGMENT}");
+    let convert = ["convert", "-f", "raw", "-O", "raw"];
+    Tool::new("qemu-img")
+        .args(convert)
+        .arg(&uri)
+        .arg(&back)
+        .succeeds();
+    let mut whole = vec![0; SPACE as usize];
+    space.read(0, &mut whole).expect("read");
+    assert!(fs::read(&raw).expect("read") == whole);
+    assert!(fs::read(&back).expect("read") == whole);
+}
+
 #[test]
 fn qemu_io_reads_the_patterns_that_it_wrote() {
     if are_missing(&["qemu-io"]) {

@@ -11,7 +11,7 @@ use std::thread::JoinHandle;
 use crate::space::SpaceConfig;
 use crate::space::frame::{
     EXCHANGED, HELLO_BYTES, Hello, Incarnation, ItemResult, Operation, REQUEST_BYTES, Refusal,
-    Reply, Request, RequestHeader, Status, Welcome, items,
+    Reply, Request, RequestHeader, Status, Welcome, append_run, items,
 };
 
 /// What a server does with a request instead of what it should.
@@ -318,6 +318,11 @@ fn execute(request: &Request, body: &[u8], shared: &Shared) -> (Reply, Vec<u8>) 
                 result.append_to(&mut out);
             }
         }
+        // The first 96 bytes are a hole, whatever is asked.
+        Operation::Holes => {
+            append_run(&mut out, 96, true);
+            append_run(&mut out, u64::from(request.len) - 96, false);
+        }
         Operation::Stat => out.extend_from_slice(b"{\"clients\":1}"),
         operation => {
             let done = one(
@@ -365,7 +370,7 @@ fn one(
             }
             return Some((before, if same { EXCHANGED } else { 0 }));
         }
-        Operation::Batch | Operation::Stat | Operation::Ping => {}
+        Operation::Batch | Operation::Stat | Operation::Ping | Operation::Holes => {}
     }
     Some((0, 0))
 }
