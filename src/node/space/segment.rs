@@ -116,9 +116,7 @@ pub(super) fn with_replica(
     let former = Former::newest(recover, config, position, node)?;
     let fresh = Incarnation(Generation::random().0);
     let incarnation = former.as_ref().map_or(fresh, |former| former.incarnation);
-    let recoveries = former
-        .as_ref()
-        .map_or(0, |former| former.age.recoveries + 1);
+    let before = former.as_ref().map(|former| former.age.recoveries + 1);
     let options = WriterOptions {
         mode: Mode::Manual,
         publish: Publish::Commit,
@@ -140,7 +138,7 @@ pub(super) fn with_replica(
             incarnation: incarnation.0.into(),
             map: config.map.digest(),
             position: (position as u32).into(),
-            recoveries: recoveries.into(),
+            recoveries: before.unwrap_or(0).into(),
             rest: [0; 4],
         };
         Ok(region.write(size, page.as_bytes())?)
