@@ -8,9 +8,10 @@
 //! opened. [`seqlock`] is the protocol by which copies of more than one
 //! word are told whole from torn, [`turns`] the one by which guards and commits take
 //! turns, [`lives`] the one by which a word that a dead process
-//! counts in is given up, [`queue`] the one by which a writer hands marks over, [`count`] that of a
+//! counts in is given up, [`lease`] that of a lock that can be taken from its holder, [`queue`] the one by which a writer hands marks over, [`count`] that of a
 //! counting semaphore, of which [`Semaphore`] is the named kind.
 pub mod count;
+pub mod lease;
 #[cfg(not(loom))]
 mod lines;
 pub mod lives;

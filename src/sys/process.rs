@@ -46,6 +46,32 @@ impl PidFd {
         PidFd::open(nix::unistd::getpid().as_raw())
     }
 
+    /// The process that connected the Unix socket whose other end `socket` is, whatever its
+    /// number has been used for since.
+    ///
+    /// # Errors
+    /// `ENOPROTOOPT` before Linux 6.5; `ESRCH` or `EINVAL` if it is gone already.
+    pub fn of_peer(socket: impl AsFd) -> Result<PidFd, SysError> {
+        /// `include/uapi/asm-generic/socket.h`, which x86, Arm and RISC-V use.
+        const SO_PEERPIDFD: libc::c_int = 77;
+        let mut pidfd: libc::c_int = -1;
+        let mut len = size_of::<libc::c_int>() as libc::socklen_t;
+        // SAFETY: required: `len` writable bytes at the value, and a writable length. Both
+        // are locals, of the type that the option has.
+        let answer = unsafe {
+            libc::getsockopt(
+                socket.as_fd().as_raw_fd(),
+                libc::SOL_SOCKET,
+                SO_PEERPIDFD,
+                (&raw mut pidfd).cast(),
+                &raw mut len,
+            )
+        };
+        check("SO_PEERPIDFD", answer.into())?;
+        // SAFETY: required: an open descriptor without an owner; the kernel just made it.
+        PidFd::from_fd(unsafe { OwnedFd::from_raw_fd(pidfd) })
+    }
+
     /// Takes a descriptor that another process passed.
     ///
     /// # Errors
@@ -407,6 +433,16 @@ mod tests {
         assert_eq!(error.raw_os_error(), Some(libc::ESRCH));
         let own = PidFd::own().expect("pidfd");
         assert_eq!(own.pid().expect("a number"), process_id());
+    }
+
+    #[test]
+    fn the_process_behind_a_socket_is_known() {
+        let (one, _other) = crate::sys::net::unix_pair().expect("a pair");
+        let peer = PidFd::of_peer(&one).expect("its process");
+        assert_eq!(peer.pid().expect("a number"), process_id());
+        peer.kill(0).expect("this process may signal itself");
+        let bell = EventFd::new().expect("eventfd");
+        assert!(PidFd::of_peer(&bell).is_err(), "no socket");
     }
 
     #[test]

@@ -11,6 +11,7 @@ mod duplex_event;
 mod duplex_frame;
 mod exact;
 mod futex;
+mod lease;
 mod lives;
 mod queue;
 mod seqlock;
