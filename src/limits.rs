@@ -90,6 +90,12 @@ limits! {
     MAX_SPACE_OPERATION = MIB, Bytes;
     /// Bytes of a segment that change as one; what an operation touches in it is seen whole or not at all.
     SPACE_STRIPE = 64 * KIB, Bytes;
+    /// Clients that write the segment of one server by mapping.
+    MAX_SPACE_WRITERS = 256, Count;
+    /// Longest time that such a client may be given to be at a stripe which others wait for.
+    SPACE_LEASE_CEILING_MS = 60_000, Millis;
+    /// Ranges that may hold half a change, of which a server of a space names the latest.
+    MAX_SPACE_SUSPECTS = 16, Count;
     /// Operations in one batch on a server of a space.
     MAX_SPACE_BATCH = 64, Count;
     /// Time for a server of a space to greet, once it is connected.

@@ -77,7 +77,7 @@ fn node_table(status: &NodeStatus) -> Table {
 
 /// The segment that a node lends.
 fn space_table(space: &SpaceStatus) -> Table {
-    pairs([
+    let mut rows = vec![
         ("segment of", space.server.clone()),
         ("position", space.position.to_string()),
         ("size", ByteSize(space.segment_size).to_string()),
@@ -93,7 +93,16 @@ fn space_table(space: &SpaceStatus) -> Table {
         ("ended as broken", grouped(space.broken)),
         ("log lines", grouped(space.log_lines)),
         ("log dropped", grouped(space.log_dropped)),
-    ])
+    ];
+    if let Some(writers) = &space.local_writers {
+        rows.push(("write by mapping", writers.writing.to_string()));
+        rows.push(("killed for a stripe", grouped(writers.killed)));
+        rows.push(("stripes taken over", grouped(writers.taken_over)));
+        rows.push(("locks repaired", grouped(writers.repaired)));
+        let ranges = writers.maybe_modified.iter();
+        rows.extend(ranges.map(|one| ("maybe modified", one.to_string())));
+    }
+    pairs(rows)
 }
 
 /// NBD clients of a node.
@@ -368,7 +377,7 @@ fn print_exact(out: &mut Output, exact: &ExactStatus) -> anyhow::Result<()> {
 }
 
 /// A table of names and values without a header.
-fn pairs<const N: usize>(rows: [(&str, String); N]) -> Table {
+fn pairs<'a>(rows: impl IntoIterator<Item = (&'a str, String)>) -> Table {
     let mut pairs = Table::new();
     pairs.load_style(comfy_table::presets::NOTHING);
     for (name, value) in rows {

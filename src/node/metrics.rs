@@ -173,8 +173,24 @@ fn text(status: &NodeStatus) -> String {
 }
 
 fn space_figures(registry: &mut Registry, space: &SpaceStatus) {
+    let writers = space.local_writers.clone().unwrap_or_default();
     let figures = [
         ("clients", "Clients of the segment", space.clients),
+        (
+            "local_writers",
+            "Clients that write the segment by mapping",
+            writers.writing,
+        ),
+        (
+            "local_writers_killed",
+            "Clients killed for staying at a stripe which others waited for",
+            writers.killed,
+        ),
+        (
+            "stripes_taken_over",
+            "Stripes taken from clients that may have been in the middle of a change",
+            writers.taken_over,
+        ),
         ("operations", "Operations carried out", space.operations),
         ("refused", "Operations refused", space.refused),
         (

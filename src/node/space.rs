@@ -19,6 +19,7 @@ use std::io;
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::Node;
 use super::config::{NodeConfig, default_socket, is_loopback};
@@ -26,12 +27,13 @@ use super::space_file::{self, SpaceFileError};
 use crate::client::ClientError;
 use crate::engine::space::{
     Errands, Place, SpaceServer, SpaceServerConfig, SpaceServerError, exports_of,
+    Door, Errands, Place, Protocol, SpaceServer, SpaceServerConfig, SpaceServerError, WritersConfig,
 };
 use crate::nbd::Exports;
 use crate::region::{ReadError, RegionError};
 use crate::space::frame::Incarnation;
 use crate::space::map::ServerAddress;
-use crate::space::{Durability, Server, SpaceConfig, SpaceMap};
+use crate::space::{Durability, Server, SpaceMap};
 use crate::sys::SysError;
 use crate::units::OutOfRange;
 use crate::wire::follow::FollowSpec;
@@ -234,6 +236,10 @@ pub(super) fn serve(
         doors,
         errands: flags.errands.clone(),
         data: Some(made.data),
+        writers: made.writable.map(|data| WritersConfig {
+            data,
+            lease: Duration::from_millis(config.limits.writer_lease_ms),
+        }),
         replica: made.replica,
         log: config.log.clone(),
         map: config.map.clone(),
@@ -255,9 +261,11 @@ pub(super) fn serve(
 pub(super) struct Lent {
     pub(super) server: SpaceServer,
     pub(super) exports: Exports,
+    tell(&server, &started, incarnation);
+    Ok(started)
 }
 
-fn tell(config: &SpaceConfig, server: &Server, started: &SpaceServer, incarnation: Incarnation) {
+fn tell(server: &Server, started: &SpaceServer, incarnation: Incarnation) {
     let places: Vec<String> = started.places().iter().map(ToString::to_string).collect();
     tracing::info!(
         server = %server.name,
@@ -265,9 +273,6 @@ fn tell(config: &SpaceConfig, server: &Server, started: &SpaceServer, incarnatio
         %incarnation,
         "lends its segment"
     );
-    if config.local_writers {
-        tracing::warn!("local_writers: clients on this host write by the socket all the same");
-    }
 }
 
 fn position_of(map: &SpaceMap, flags: &SpaceFlags) -> Result<usize, SpaceError> {

@@ -8,12 +8,13 @@
 //!     { name = "c", address = "10.0.0.3:7421" },
 //! ]
 //! durability = "memory"        # or "replica": a reply follows the replica's ack
-//! local_writers = false        # clients on a server's host write by mapping
+//! local_writers = false        # clients on a server's host write by mapping; not with "replica"
 //!
 //! [limits]
 //! max_clients = 1024           # connections to one server
 //! max_in_flight = 1024         # operations of one connection
 //! deadline_ms = 5000           # of one operation, as clients wait for it
+//! writer_lease_ms = 20         # at a stripe that others wait for, before a local writer is killed
 //!
 //! [log]                        # the log of operations; without it there is none
 //! path = "/var/log/uffd-sync/space.log"
@@ -99,6 +100,12 @@ pub enum Problem {
     /// A path that depends on where a process was started.
     #[error("{}: write an absolute path; every process of the space reads this file", .0.display())]
     Relative(PathBuf),
+    /// Changes by mapping that no replica would acknowledge.
+    #[error(
+        "true, together with durability = \"replica\": a client that writes by mapping waits for \
+         no replica; choose one of the two"
+    )]
+    WritersWithReplica,
     /// The master of the snapshots is none of the servers.
     #[error("{0} is none of the servers")]
     Master(RegionName),
@@ -135,6 +142,9 @@ pub struct SpaceLimits {
     pub max_in_flight: u64,
     /// Time that a client waits for one operation, in milliseconds.
     pub deadline_ms: u64,
+    /// Time that a client which writes by mapping may stay at a stripe that others wait for,
+    /// before it is killed, in milliseconds.
+    pub writer_lease_ms: u64,
 }
 
 /// `[log]`.
@@ -279,8 +289,7 @@ struct Written {
     servers: Spanned<Vec<Spanned<WrittenServer>>>,
     #[serde(default)]
     durability: Durability,
-    #[serde(default)]
-    local_writers: bool,
+    local_writers: Option<Spanned<bool>>,
     #[serde(default)]
     limits: WrittenLimits,
     log: Option<WrittenLog>,
@@ -302,6 +311,7 @@ struct WrittenLimits {
     max_clients: Option<Spanned<u64>>,
     max_in_flight: Option<Spanned<u64>>,
     deadline_ms: Option<Spanned<u64>>,
+    writer_lease_ms: Option<Spanned<u64>>,
 }
 
 #[derive(Deserialize)]
@@ -340,9 +350,15 @@ impl Written {
     fn checked(self) -> Result<SpaceConfig, Misfit> {
         let map = checked_map(&self.segment_size, self.servers)?;
         let snapshot = self.snapshot.map(|snapshot| snapshot.checked(&map));
+        let local_writers = match &self.local_writers {
+            Some(on) if *on.get_ref() && self.durability == Durability::Replica => {
+                return Err(misfit("local_writers", on, Problem::WritersWithReplica));
+            }
+            on => on.as_ref().is_some_and(|on| *on.get_ref()),
+        };
         Ok(SpaceConfig {
             durability: self.durability,
-            local_writers: self.local_writers,
+            local_writers,
             limits: self.limits.checked()?,
             log: self.log.map(WrittenLog::checked).transpose()?,
             tls: self.tls.map(WrittenTls::checked).transpose()?,
@@ -385,10 +401,12 @@ impl WrittenLimits {
         let clients = (1, limits::MAX_SPACE_CLIENTS);
         let in_flight = (1, limits::MAX_SPACE_IN_FLIGHT);
         let deadline = (1, limits::SPACE_DEADLINE_CEILING_MS);
+        let lease = (5, limits::SPACE_LEASE_CEILING_MS);
         Ok(SpaceLimits {
             max_clients: within("max_clients", self.max_clients, 1024, clients)?,
             max_in_flight: within("max_in_flight", self.max_in_flight, 1024, in_flight)?,
             deadline_ms: within("deadline_ms", self.deadline_ms, 5000, deadline)?,
+            writer_lease_ms: within("writer_lease_ms", self.writer_lease_ms, 20, lease)?,
         })
     }
 }
@@ -583,6 +601,18 @@ mod tests {
                 7,
                 "max_clients",
                 "within 1",
+            ),
+            (
+                with("durability = \"replica\"\nlocal_writers = true"),
+                7,
+                "local_writers",
+                "choose one of the two",
+            ),
+            (
+                with("[limits]\nwriter_lease_ms = 4"),
+                7,
+                "writer_lease_ms",
+                "within 5",
             ),
             (with("[log]\npath = \"x.log\""), 7, "path", "absolute"),
             (with("[log]\nkeep = 1"), 6, "", "missing field `path`"),

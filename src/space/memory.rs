@@ -1,9 +1,11 @@
 //! The bytes that one server lends, as the executor sees them.
 
 use std::ops::Deref;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::region::Region;
+use crate::shm::SharedMemory;
 use crate::units::{OutOfRange, checked_range};
 
 /// Bytes of a segment. Ranges were checked against [`Memory::len`] before; one that does
@@ -150,7 +152,7 @@ impl<R: Deref<Target = Region>> Memory for Segment<R> {
 
     fn store_u64(&mut self, offset: u64, value: u64) {
         if let Ok(word) = self.region.atomic_u64(offset) {
-            word.store(value.to_le(), std::sync::atomic::Ordering::Relaxed);
+            word.store(value.to_le(), Ordering::Relaxed);
         }
     }
 
@@ -171,6 +173,52 @@ impl<R: Deref<Target = Region>> Memory for Segment<R> {
         if let Some(gate) = &self.gate {
             gate.leave();
         }
+    }
+}
+
+/// A segment that clients on this host map too. Nobody copies it elsewhere.
+impl Memory for SharedMemory {
+    fn len(&self) -> u64 {
+        Self::len(self)
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) {
+        let read = Self::read(self, offset, out);
+        debug_assert!(read.is_ok(), "a checked range");
+    }
+
+    fn write(&mut self, offset: u64, bytes: &[u8]) {
+        let written = Self::write(self, offset, bytes);
+        debug_assert!(written.is_ok(), "a checked range");
+    }
+
+    fn fill(&mut self, offset: u64, len: u64, byte: u8) {
+        fill(self, offset, len, byte);
+    }
+
+    fn load_u64(&self, offset: u64) -> u64 {
+        let word = self.checked_atomic_u64(offset);
+        word.map_or(0, |word| u64::from_le(word.load(Ordering::Relaxed)))
+    }
+
+    fn store_u64(&mut self, offset: u64, value: u64) {
+        if let Ok(word) = self.checked_atomic_u64(offset) {
+            word.store(value.to_le(), Ordering::Relaxed);
+        }
+    }
+
+    fn changed(&mut self, _offset: u64, _len: u64) {}
+}
+
+/// Sets bytes of shared memory whose range was checked.
+pub fn fill(memory: &SharedMemory, offset: u64, len: u64, byte: u8) {
+    let block = [byte; FILL_BYTES];
+    let mut done = 0;
+    while done < len {
+        let piece = (len - done).min(FILL_BYTES as u64);
+        let written = memory.write(offset + done, &block[..piece as usize]);
+        debug_assert!(written.is_ok(), "a checked range");
+        done += piece;
     }
 }
 

@@ -25,6 +25,7 @@
 pub mod config;
 pub mod execute;
 pub mod frame;
+pub mod locks;
 pub mod map;
 pub mod memory;
 pub mod stripes;

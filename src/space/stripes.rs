@@ -9,10 +9,14 @@
 //! sequence, the copy, the same sequence again; else once more, a bounded number of times,
 //! and then it asks over the network.
 //!
+//! Where clients on the host write too, it is version 2: a u64 per stripe, which is a lock
+//! and a sequence at once ([`lease`]), and memory that they can write.
+//!
 //! Invariants:
 //! - I1: between two equal even sequences of a stripe no byte of it was changed (unless it
 //!   changed 2^31 times meanwhile).
-//! - I2: only the server can write them: the memory is sealed.
+//! - I2: only the server can write them: the memory is sealed. Those of version 2 can be
+//!   written by whom the server gave a descriptor for that.
 //!
 //! On failure: a server that dies leaves a sequence odd for ever, and its liveness word
 //! says that it is gone.
@@ -20,11 +24,11 @@
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering, fence};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering, fence};
 
 use super::frame::Incarnation;
 use crate::limits::SPACE_STRIPE;
-use crate::shm::SharedMemory;
+use crate::shm::{SharedMemory, lease};
 use crate::sys::SysError;
 use crate::sys::futex::{self, Lifeline};
 use crate::sys::map::{Access, Mapping};
@@ -33,8 +37,10 @@ use crate::units::{OutOfRange, PAGE_SIZE, checked_range, page_align_up};
 
 /// First eight bytes of the memory.
 pub const MAGIC: [u8; 8] = *b"uffdSTRP";
-/// Version of the layout.
+/// Version of the layout that the server alone writes.
 pub const VERSION: u32 = 1;
+/// Version of the layout with locks.
+pub const LOCKED_VERSION: u32 = 2;
 /// Bytes before the first sequence.
 pub const HEADER_BYTES: u64 = PAGE_SIZE;
 const VERSION_AT: u64 = 8;
@@ -67,8 +73,17 @@ fn stripes_of(len: u64) -> u64 {
     len.div_ceil(SPACE_STRIPE)
 }
 
+/// Bytes of the memory for a segment of `len` bytes.
+fn memory_bytes(len: u64, version: u32) -> u64 {
+    page_align_up(HEADER_BYTES + word_bytes(version) * stripes_of(len))
+}
+
+fn word_bytes(version: u32) -> u64 {
+    if version == LOCKED_VERSION { 8 } else { 4 }
+}
+
 /// The stripes that a range touches.
-fn touched(offset: u64, len: u64) -> Range<u64> {
+pub(super) fn touched(offset: u64, len: u64) -> Range<u64> {
     if len == 0 {
         return 0..0;
     }
@@ -80,6 +95,9 @@ fn touched(offset: u64, len: u64) -> Range<u64> {
 pub struct Stripes {
     memory: SharedMemory,
     read_only: Arc<OwnedFd>,
+    /// What clients that write are given; none if there are no such ones.
+    writable: Option<Arc<OwnedFd>>,
+    segment: u64,
 }
 
 impl Stripes {
@@ -88,14 +106,30 @@ impl Stripes {
     /// # Errors
     /// What the kernel refuses.
     pub fn create(len: u64, incarnation: Incarnation) -> Result<Self, SysError> {
-        let bytes = page_align_up(HEADER_BYTES + 4 * stripes_of(len));
+        Self::create_as(VERSION, len, incarnation)
+    }
+
+    /// With a lock for each stripe, for a segment that clients on this host write too: 4 KiB,
+    /// and 8 bytes for each 64 KiB. Then [`begin`](Self::begin) and [`end`](Self::end) do
+    /// nothing: who changes bytes holds their locks.
+    ///
+    /// # Errors
+    /// What the kernel refuses.
+    pub fn create_locked(len: u64, incarnation: Incarnation) -> Result<Self, SysError> {
+        Self::create_as(LOCKED_VERSION, len, incarnation)
+    }
+
+    fn create_as(version: u32, len: u64, incarnation: Incarnation) -> Result<Self, SysError> {
+        let bytes = memory_bytes(len, version);
         let fd = memfd::create("uffd-sync-stripes", bytes)?;
         let mapping = Mapping::shared(&fd, bytes, Access::ReadWrite)?;
         mapping.dont_fork()?;
-        let seals = Seals::FUTURE_WRITE | Seals::SHRINK | Seals::GROW | Seals::SEAL;
+        let is_locked = version == LOCKED_VERSION;
+        let mut seals = Seals::SHRINK | Seals::GROW | Seals::SEAL;
+        seals.set(Seals::FUTURE_WRITE, !is_locked);
         memfd::add_seals(&fd, seals)?;
         let mut header = [0; 40];
-        header[VERSION_AT as usize..][..4].copy_from_slice(&VERSION.to_le_bytes());
+        header[VERSION_AT as usize..][..4].copy_from_slice(&version.to_le_bytes());
         header[STRIPE_AT as usize..][..4].copy_from_slice(&(SPACE_STRIPE as u32).to_le_bytes());
         header[COUNT_AT as usize..][..8].copy_from_slice(&stripes_of(len).to_le_bytes());
         header[INCARNATION_AT as usize..].copy_from_slice(&incarnation.0.to_le_bytes());
@@ -104,12 +138,29 @@ impl Stripes {
         let written = memory.write(0, &header);
         debug_assert!(written.is_ok(), "the header's own page");
         let read_only = Arc::new(memfd::reopen_read_only(&fd)?);
-        Ok(Self { memory, read_only })
+        Ok(Self {
+            memory,
+            read_only,
+            writable: is_locked.then(|| Arc::new(fd)),
+            segment: len,
+        })
     }
 
     /// To pass to readers.
     pub fn descriptor(&self) -> Arc<OwnedFd> {
         Arc::clone(&self.read_only)
+    }
+
+    /// To pass to clients that write; none unless they were
+    /// [made for that](Self::create_locked).
+    pub fn writable(&self) -> Option<Arc<OwnedFd>> {
+        self.writable.clone()
+    }
+
+    /// The memory with a lock for each stripe, if they have any, and the segment's bytes.
+    pub(super) fn locks(&self) -> Option<(SharedMemory, u64)> {
+        self.writable.as_ref()?;
+        Some((self.memory.clone(), self.segment))
     }
 
     /// Says by the liveness word that the calling thread lives, until it dies or drops this.
@@ -126,6 +177,9 @@ impl Stripes {
 
     /// The bytes of a range are about to change. Harmless where that was said already.
     pub fn begin(&self, offset: u64, len: u64) {
+        if self.writable.is_some() {
+            return;
+        }
         for stripe in touched(offset, len) {
             let word = self.word(stripe);
             let now = word.load(Ordering::Relaxed);
@@ -138,6 +192,9 @@ impl Stripes {
 
     /// They are whole again. Harmless where that was said already.
     pub fn end(&self, offset: u64, len: u64) {
+        if self.writable.is_some() {
+            return;
+        }
         for stripe in touched(offset, len) {
             let word = self.word(stripe);
             let now = word.load(Ordering::Relaxed);
@@ -154,6 +211,7 @@ pub struct MappedStripes {
     memory: SharedMemory,
     incarnation: Incarnation,
     segment: u64,
+    version: u32,
 }
 
 impl MappedStripes {
@@ -163,20 +221,31 @@ impl MappedStripes {
     /// # Errors
     /// [`StripesError::Foreign`] if it is anything else.
     pub fn open(fd: &OwnedFd, segment: u64) -> Result<Self, StripesError> {
+        Self::open_for(fd, segment, Access::ReadOnly)
+    }
+
+    /// The same, to enter its locks where it is to be written.
+    pub(super) fn open_for(
+        fd: &OwnedFd,
+        segment: u64,
+        access: Access,
+    ) -> Result<Self, StripesError> {
         let foreign = |problem| StripesError::Foreign { problem };
         let seals = memfd::seals(fd)?;
-        if !seals.contains(Seals::SHRINK | Seals::FUTURE_WRITE) {
+        if !seals.contains(Seals::SHRINK) {
             return Err(foreign("the memory is not sealed"));
         }
-        let bytes = page_align_up(HEADER_BYTES + 4 * stripes_of(segment));
+        let is_locked = !seals.contains(Seals::FUTURE_WRITE);
+        let version = if is_locked { LOCKED_VERSION } else { VERSION };
+        let bytes = memory_bytes(segment, version);
         if memfd::size(fd)? != bytes {
             return Err(foreign("their number is another"));
         }
-        let memory = SharedMemory::new(Mapping::shared(fd, bytes, Access::ReadOnly)?);
+        let memory = SharedMemory::new(Mapping::shared(fd, bytes, access)?);
         if memory.load::<[u8; 8]>(0)? != MAGIC {
             return Err(foreign("the magic number is another"));
         }
-        if u32::from_le(memory.load(VERSION_AT)?) != VERSION {
+        if u32::from_le(memory.load(VERSION_AT)?) != version {
             return Err(foreign("the version is another"));
         }
         if u64::from(u32::from_le(memory.load(STRIPE_AT)?)) != SPACE_STRIPE {
@@ -190,12 +259,23 @@ impl MappedStripes {
             memory,
             incarnation,
             segment,
+            version,
         })
     }
 
     /// The life of the segment that they belong to.
     pub fn incarnation(&self) -> Incarnation {
         self.incarnation
+    }
+
+    /// Whether they are locks too.
+    pub fn is_locked(&self) -> bool {
+        self.version == LOCKED_VERSION
+    }
+
+    /// The lock of a stripe of the segment.
+    pub(super) fn lock(&self, stripe: u64) -> &AtomicU64 {
+        self.memory.atomic_u64(HEADER_BYTES + 8 * stripe)
     }
 
     /// Whether the server lives.
@@ -235,6 +315,9 @@ impl MappedStripes {
         out: &mut [u8],
         tries: u32,
     ) -> Result<bool, OutOfRange> {
+        if self.is_locked() {
+            return self.read_locked(data, stripe, offset, out, tries);
+        }
         let word = self.memory.atomic_u32(HEADER_BYTES + 4 * stripe);
         for _ in 0..tries {
             // SYNC(stripe_whole): pairs with the store in `Stripes::end`.
@@ -248,6 +331,28 @@ impl MappedStripes {
             // pairs with the fence in `Stripes::begin`.
             fence(Ordering::Acquire);
             if word.load(Ordering::Relaxed) == begun {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    fn read_locked(
+        &self,
+        data: &SharedMemory,
+        stripe: u64,
+        offset: u64,
+        out: &mut [u8],
+        tries: u32,
+    ) -> Result<bool, OutOfRange> {
+        let word = self.lock(stripe);
+        for _ in 0..tries {
+            let Some(begun) = lease::read_begin(word) else {
+                std::hint::spin_loop();
+                continue;
+            };
+            data.read(offset, out)?;
+            if lease::read_validate(word, begun) {
                 return Ok(true);
             }
         }
@@ -312,7 +417,10 @@ mod tests {
         }
         let fd = memfd::create("zeros", 2 * PAGE_SIZE).expect("memfd");
         let open = MappedStripes::open(&fd, SEGMENT);
-        assert!(matches!(open, Err(StripesError::Foreign { .. })), "sealed");
+        assert!(
+            matches!(open, Err(StripesError::Foreign { .. })),
+            "not sealed"
+        );
         memfd::add_seals(&fd, Seals::SHRINK | Seals::FUTURE_WRITE).expect("seals");
         let open = MappedStripes::open(&fd, SEGMENT);
         assert!(matches!(open, Err(StripesError::Foreign { .. })), "zeros");

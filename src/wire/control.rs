@@ -574,6 +574,39 @@ pub struct SpaceStatus {
     /// NBD clients of its process, if it serves any.
     #[serde(default)]
     pub nbd: Option<NbdStatus>,
+    /// Clients on its host that write by mapping, where they may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub local_writers: Option<LocalWriters>,
+}
+/// Clients of a server of an address space that write its segment by mapping. What they do
+/// is in none of its other figures.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LocalWriters {
+    /// How many may.
+    pub writing: u64,
+    /// Those that were killed for staying at a stripe which others waited for.
+    pub killed: u64,
+    /// Stripes taken over from a client that may have been in the middle of a change.
+    pub taken_over: u64,
+    /// Locks that named who did not hold them, and were broken open.
+    pub repaired: u64,
+    /// The latest ranges of those that were taken over: each may hold half a change.
+    pub maybe_modified: Vec<Suspect>,
+}
+/// A range of a segment that may hold half a change.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Suspect {
+    /// Its first byte in the segment.
+    pub first: u64,
+    /// The byte behind its last one.
+    pub end: u64,
+    /// What happened.
+    pub why: String,
+}
+impl std::fmt::Display for Suspect {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}..{}: {}", self.first, self.end, self.why)
+    }
 }
 
 /// A message that could not be taken.

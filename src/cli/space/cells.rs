@@ -76,16 +76,19 @@ pub(super) fn stat(args: &StatArgs) -> anyhow::Result<()> {
             ("WRITTEN", Align::Right),
             ("REFUSED", Align::Right),
         ]);
-        let mut silent = Vec::new();
+        let mut notes = Vec::new();
         for (name, said) in &said {
             match said.as_ref().map(|text| serde_json::from_str(text)) {
-                Ok(Ok(status)) => drop(rows.add_row(row(name.as_str(), &status))),
-                Ok(Err(_)) => silent.push(format!("{name}: its answer is of another version")),
-                Err(error) => silent.push(format!("{name}: {}", chain(error))),
+                Ok(Ok(status)) => {
+                    rows.add_row(row(name.as_str(), &status));
+                    notes.extend(suspects(name.as_str(), &status));
+                }
+                Ok(Err(_)) => notes.push(format!("{name}: its answer is of another version")),
+                Err(error) => notes.push(format!("{name}: {}", chain(error))),
             }
         }
         out.table(&rows)?;
-        for line in silent {
+        for line in notes {
             out.line(line)?;
         }
     }
@@ -105,6 +108,17 @@ fn chain(error: &dyn std::error::Error) -> String {
         cause = next.source();
     }
     text
+}
+
+/// What a server took over from clients that write by mapping.
+fn suspects(name: &str, status: &SpaceStatus) -> Vec<String> {
+    let Some(writers) = &status.local_writers else {
+        return Vec::new();
+    };
+    let ranges = writers.maybe_modified.iter();
+    ranges
+        .map(|one| format!("{name}: maybe modified: {}", plain(&one.to_string(), 160)))
+        .collect()
 }
 
 /// The beginning of a server's words, without what a terminal would obey.

@@ -199,6 +199,9 @@ pub enum Failure {
 /// Why a change has no reply.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unanswered {
+    /// By mapping: the server took the stripe over before the change was done, or died.
+    #[error("its stripe was taken over, or the server died, before it was done")]
+    TakenOver,
     /// The connection ended first.
     #[error("the connection ended before the reply")]
     Connection,

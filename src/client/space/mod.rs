@@ -52,7 +52,7 @@
 //!
 //! Of a server on this host, reached over its Unix socket, the memory is mapped, and reads
 //! are copies out of it, whole stripe by stripe, while nothing of this client is under way
-//! there.
+//! there. With `local_writers` changes are copies into it too, under the locks of stripes.
 //!
 //! There is no thread here and no lock: a `Space` belongs to one thread at a time. Servers
 //! are connected to when they are first needed.
@@ -63,6 +63,7 @@ mod error;
 mod gateway;
 mod lane;
 mod local;
+mod mapped;
 mod operations;
 mod socket;
 mod submit;
@@ -84,7 +85,7 @@ pub use submit::Answer;
 
 use super::Node;
 use crate::engine::space_file;
-use crate::space::frame::{Hello, VERSION, WANTS_MAPPING};
+use crate::space::frame::{Hello, VERSION, WANTS_MAPPING, WANTS_WRITING};
 use crate::space::{SpaceConfig, SpaceMap};
 use lane::Lane;
 use local::Local;
@@ -186,7 +187,11 @@ impl Space {
             versions: (VERSION, VERSION),
             map: map.digest(),
             server: 0,
-            flags: if options.no_mapping { 0 } else { WANTS_MAPPING },
+            flags: match (options.no_mapping, config.local_writers) {
+                (true, _) => 0,
+                (false, false) => WANTS_MAPPING,
+                (false, true) => WANTS_MAPPING | WANTS_WRITING,
+            },
             client: u128::from_le_bytes(client),
             incarnation: Default::default(),
         };
@@ -251,6 +256,16 @@ impl Space {
     /// [`SpaceError::NoServer`].
     pub fn is_mapped(&self, name: &str) -> Result<bool, SpaceError> {
         Ok(self.links[self.position(name)?].local.is_some())
+    }
+
+    /// Whether changes on the server called `name` are made in its mapped memory now, while
+    /// nothing else of this client is under way there.
+    ///
+    /// # Errors
+    /// [`SpaceError::NoServer`].
+    pub fn is_writable(&self, name: &str) -> Result<bool, SpaceError> {
+        let local = self.links[self.position(name)?].local.as_ref();
+        Ok(local.is_some_and(Local::is_writable))
     }
 
     fn position(&self, name: &str) -> Result<usize, SpaceError> {

@@ -28,8 +28,9 @@ use crate::sys::net::{self, Blocking};
 const BACKOFF_LEAST: Duration = Duration::from_millis(5);
 const BACKOFF_MOST: Duration = Duration::from_millis(250);
 const GREETING: Duration = Duration::from_millis(limits::SPACE_GREETING_MS);
-/// Descriptors that may come with a welcome: the segment's and the stripes'.
-const MAPPING_FDS: usize = 2;
+/// Descriptors that may come with a welcome: the segment's, the stripes', and a page of the
+/// client's own.
+const MAPPING_FDS: usize = 3;
 
 #[derive(Clone, Debug)]
 enum Way {

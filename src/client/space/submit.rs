@@ -55,6 +55,11 @@ impl Space {
     /// # Errors
     /// [`SpaceError`]; see [`SpaceError::is_indeterminate`].
     pub fn write(&mut self, offset: u64, bytes: &[u8]) -> Result<(), SpaceError> {
+        let done = self.write_mapped(offset, bytes)?;
+        if done > 0 && done == bytes.len() {
+            return Ok(());
+        }
+        let (offset, bytes) = (offset + done as u64, &bytes[done..]);
         let asked = self.asked(Operation::Write, offset, Vec::new(), true);
         let ticket = self.submit_range(asked, bytes.len() as u64)?;
         self.complete(ticket, &mut Lent::Body(bytes)).map(drop)
@@ -65,7 +70,11 @@ impl Space {
     /// # Errors
     /// [`SpaceError`]; see [`SpaceError::is_indeterminate`].
     pub fn fill(&mut self, offset: u64, len: u64, byte: u8) -> Result<(), SpaceError> {
-        let ticket = self.begin_fill(offset, len, byte)?;
+        let done = self.fill_mapped(offset, len, byte)?;
+        if done > 0 && done == len {
+            return Ok(());
+        }
+        let ticket = self.begin_fill(offset + done, len - done, byte)?;
         self.complete(ticket, &mut Lent::Nothing).map(drop)
     }
 
@@ -80,6 +89,14 @@ impl Space {
         expected: u64,
         new: u64,
     ) -> Result<Result<u64, u64>, SpaceError> {
+        let next = |found| (found == expected).then_some(new);
+        if let Some(found) = self.update_mapped(offset, next)? {
+            return Ok(if found == expected {
+                Ok(found)
+            } else {
+                Err(found)
+            });
+        }
         let ticket = self.begin_compare_exchange(offset, expected, new)?;
         match self.complete(ticket, &mut Lent::Nothing)? {
             Answer::Exchanged(found) => Ok(found),
@@ -93,6 +110,10 @@ impl Space {
     /// # Errors
     /// [`SpaceError`]; see [`SpaceError::is_indeterminate`].
     pub fn fetch_add(&mut self, offset: u64, addend: u64) -> Result<u64, SpaceError> {
+        let next = |found: u64| Some(found.wrapping_add(addend));
+        if let Some(before) = self.update_mapped(offset, next)? {
+            return Ok(before);
+        }
         let ticket = self.begin_fetch_add(offset, addend)?;
         match self.complete(ticket, &mut Lent::Nothing)? {
             Answer::Value(before) => Ok(before),

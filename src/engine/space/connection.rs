@@ -23,6 +23,7 @@ use super::speaks::{Speaks, Taken};
 use crate::engine::keys::Key;
 use crate::limits;
 use crate::sys::buffer::Buffer;
+use crate::sys::process::PidFd;
 use crate::sys::ring::{Completion, Op};
 use crate::sys::{SysError, net, stream};
 
@@ -133,8 +134,14 @@ impl Loop {
             leaving: false,
             deadline: None,
         });
+        let may_write = door.is_local && self.core.writers.is_some();
         if let Some(connection) = self.connections.get_mut(key) {
             connection.speaks.placed(key);
+            match may_write.then(|| PidFd::of_peer(&*connection.socket)) {
+                Some(Ok(process)) => connection.speaks.connected_by(process),
+                Some(Err(error)) => tracing::warn!(%error, "a client may not write by mapping"),
+                None => {}
+            }
         }
         key
     }
@@ -211,7 +218,10 @@ impl Loop {
         };
         connection.received = Some(buf);
         match completion.result {
-            Ok(0) => return self.close(key, "the other side closed it"),
+            Ok(0) => {
+                connection.speaks.ended_by_peer();
+                return self.close(key, "the other side closed it");
+            }
             Ok(_) => {}
             Err(error) if error.raw_os_error() == Some(nix::libc::EINTR) => {}
             Err(error) => return self.close(key, &error.to_string()),
@@ -253,6 +263,9 @@ impl Loop {
                 }
             }
             connection.received = Some(buffer);
+        }
+        if self.core.writers.is_some() {
+            self.mind_writers(key);
         }
         self.after(key, next);
     }
@@ -301,8 +314,11 @@ impl Loop {
             }
             let socket = connection.socket.as_fd();
             let sent = if connection.out.with_descriptors {
-                let descriptors: Vec<BorrowedFd<'_>> =
-                    self.descriptors.iter().map(|fd| fd.as_fd()).collect();
+                let mut which = &connection.out.own_descriptors;
+                if which.is_empty() {
+                    which = &self.descriptors;
+                }
+                let descriptors: Vec<BorrowedFd<'_>> = which.iter().map(|fd| fd.as_fd()).collect();
                 net::try_send_with_fds(socket, bytes, &descriptors)
             } else {
                 stream::try_send(socket, bytes)
@@ -311,6 +327,7 @@ impl Loop {
                 Ok(count) => {
                     connection.out.gone(count);
                     connection.out.with_descriptors = false;
+                    connection.out.own_descriptors.clear();
                 }
                 Err(error) if error.is_would_block() => connection.blocked = true,
                 Err(error) => return Err(error),

@@ -7,6 +7,7 @@ use super::SpaceServerConfig;
 use super::live::{Figures, SpaceWatch};
 use super::log::Log;
 use super::nbd::Nbd;
+use super::writers::Writers;
 use crate::checksum::Digest;
 use crate::limits::MAX_SPACE_RUNS;
 use crate::space::execute::Executor;
@@ -44,6 +45,8 @@ pub(crate) struct Core {
     /// What its NBD connections share.
     pub(crate) nbd: Nbd,
     can_be_mapped: bool,
+    /// Clients on this host that write by mapping, where there may be any.
+    pub(crate) writers: Option<Writers>,
 }
 
 impl Core {
@@ -86,6 +89,7 @@ impl Core {
             nbd,
             // By mapping one would see what may still be lost with this server.
             can_be_mapped: config.data.is_some() && config.replica.is_none(),
+            writers: None,
         }
     }
 
@@ -101,7 +105,7 @@ impl Core {
     }
 
     /// Shows what was counted to those who watch.
-    pub(super) fn show(&self) {
+    pub(super) fn show(&mut self) {
         let counts = self.executor.counts();
         let figures: &Figures = &self.watch.figures;
         for (place, value) in [
@@ -116,10 +120,14 @@ impl Core {
         ] {
             place.store(value, Ordering::Relaxed);
         }
+        let news = self.writers.as_mut().and_then(Writers::news);
+        if news.is_some() {
+            self.watch.figures.show_writers(news);
+        }
     }
 
     /// How the server goes, as the reply to a stat has it.
-    pub(crate) fn stat(&self) -> Vec<u8> {
+    pub(crate) fn stat(&mut self) -> Vec<u8> {
         self.show();
         // Numbers and plain words: nothing in it cannot be written.
         serde_json::to_vec(&self.watch.status()).unwrap_or_default()
@@ -143,10 +151,25 @@ impl Core {
     }
 
     /// Carries out a request of any protocol; what its reply consists of besides the header
-    /// is appended to `out`.
-    pub(crate) fn execute(&mut self, request: &Request, body: &[u8], out: &mut Vec<u8>) -> Reply {
-        self.executor
-            .execute(self.memory.as_mut(), request, body, out)
+    /// is appended to `out`. None if it has to wait for a client that writes by mapping:
+    /// then nothing was done, and it is to be tried again.
+    pub(crate) fn execute(
+        &mut self,
+        request: &Request,
+        body: &[u8],
+        out: &mut Vec<u8>,
+    ) -> Option<Reply> {
+        if let Some(writers) = &mut self.writers
+            && !writers.hold(request, body)
+        {
+            return None;
+        }
+        let memory = self.memory.as_mut();
+        let reply = self.executor.execute(memory, request, body, out);
+        if let Some(writers) = &mut self.writers {
+            writers.let_go(reply.status == Status::Done && request.operation.changes());
+        }
+        Some(reply)
     }
 
     /// Bytes that all operations so far have copied or set.

@@ -1,11 +1,11 @@
 //! Figures of a running server, for whoever looks, without asking the loop.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::engine::NbdFigures;
 use crate::space::frame::Incarnation;
-use crate::wire::control::SpaceStatus;
+use crate::wire::control::{LocalWriters, SpaceStatus};
 
 /// What the loop counts; written by it alone.
 #[derive(Debug, Default)]
@@ -21,6 +21,13 @@ pub(super) struct Figures {
     pub(super) unacknowledged: AtomicU64,
     pub(super) log_lines: AtomicU64,
     pub(super) log_dropped: AtomicU64,
+    writers: Mutex<Option<LocalWriters>>,
+}
+
+impl Figures {
+    pub(super) fn show_writers(&self, writers: Option<LocalWriters>) {
+        *self.writers.lock().unwrap_or_else(PoisonError::into_inner) = writers;
+    }
 }
 
 /// Who the server is, with its figures. Cheap to clone, usable from any thread.
@@ -58,6 +65,10 @@ impl SpaceWatch {
             log_lines: of(&figures.log_lines),
             log_dropped: of(&figures.log_dropped),
             nbd: self.nbd.as_ref().map(|nbd| nbd.status()),
+            local_writers: {
+                let writers = figures.writers.lock();
+                writers.unwrap_or_else(PoisonError::into_inner).clone()
+            },
         }
     }
 }

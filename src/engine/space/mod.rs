@@ -12,7 +12,8 @@
 //!
 //! - I1: a client is answered before its request is forgotten, or its connection ends; in
 //!   the order of execution.
-//! - I2: nobody changes the segment but this thread.
+//! - I2: nobody changes the segment but this thread, and under locks that it shares clients
+//!   on this host that were admitted as [`writers`].
 //! - I3: everything that a peer makes this server keep is bounded: connections, those that
 //!   have not greeted, bytes received, replies that are not read.
 //!
@@ -34,6 +35,7 @@ mod safety;
 mod speaks;
 #[cfg(test)]
 mod tests;
+mod writers;
 
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
@@ -53,12 +55,16 @@ pub use nbd::{Arrived, exports_of};
 use run::{Loop, OpenDoor};
 use safety::Safety;
 pub use safety::{MakeSafe, Replica};
+pub use speaks::Protocol;
+use writers::Writers;
+pub use writers::WritersConfig;
 
 use crate::engine::NbdFigures;
 use crate::space::SpaceMap;
 use crate::space::config::{OperationLog, SpaceLimits};
 use crate::space::execute::Executor;
 use crate::space::frame::Incarnation;
+use crate::space::locks::Locks;
 use crate::space::memory::Memory;
 use crate::space::stripes::Stripes;
 use crate::sys::{SysError, net};
@@ -98,6 +104,9 @@ pub struct SpaceServerConfig {
     /// The segment's memory, open for reading only, for clients on this host to map; none
     /// if they are not to.
     pub data: Option<OwnedFd>,
+    /// How clients on this host write it by mapping, if they may. Not together with a
+    /// replica, which would not get their changes.
+    pub writers: Option<WritersConfig>,
     /// The way to the other servers of the space, for NBD clients that are served here;
     /// without it they only get what lies here.
     pub errands: Option<Arc<Errands>>,
@@ -201,17 +210,15 @@ impl SpaceServer {
             .collect::<Result<Vec<_>, _>>()?;
         let places = doors.iter().map(|(_, place)| place.clone()).collect();
         let doors: Vec<OpenDoor> = doors.into_iter().map(|(door, _)| door).collect();
-        let stripes = Stripes::create(expected, config.incarnation)?;
-        let mut descriptors = Vec::new();
-        if let Some(data) = &config.data {
-            let data = data.try_clone().map_err(SpaceServerError::Thread)?;
-            descriptors = vec![Arc::new(data), stripes.descriptor()];
-        }
+        let (stripes, descriptors) = make_stripes(&config, expected)?;
         let errands = config.errands.clone();
         let holes = descriptors.first().map(|data| data.try_clone()).transpose();
         let holes = holes.map_err(SpaceServerError::Thread)?;
         let nbd = Nbd::new(&config.map, config.position, errands, holes);
+        let writers = config.writers.as_ref();
+        let writers = writers.map(|writers| make_writers(writers, &stripes, expected));
         let mut core = Core::new(&config, Executor::new(Some(stripes)), memory, nbd);
+        core.writers = writers.transpose()?.flatten();
         let watch = core.watch().clone();
         if let Some(log) = &config.log {
             let figures = Arc::clone(&watch.figures);
@@ -306,6 +313,37 @@ impl Drop for SpaceServer {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// The stripes of a segment, and what clients on this host are passed to read by them.
+fn make_stripes(
+    config: &SpaceServerConfig,
+    segment: u64,
+) -> Result<(Stripes, Vec<Arc<OwnedFd>>), SpaceServerError> {
+    let stripes = match &config.writers {
+        Some(_) => Stripes::create_locked(segment, config.incarnation)?,
+        None => Stripes::create(segment, config.incarnation)?,
+    };
+    let Some(data) = &config.data else {
+        return Ok((stripes, Vec::new()));
+    };
+    let data = data.try_clone().map_err(SpaceServerError::Thread)?;
+    let descriptors = vec![Arc::new(data), stripes.descriptor()];
+    Ok((stripes, descriptors))
+}
+
+/// What clients that write share with the server.
+fn make_writers(
+    config: &WritersConfig,
+    stripes: &Stripes,
+    segment: u64,
+) -> Result<Option<Writers>, SpaceServerError> {
+    let (Some(locks), Some(writable)) = (Locks::of(stripes), stripes.writable()) else {
+        return Ok(None);
+    };
+    let data = config.data.try_clone().map_err(SpaceServerError::Thread)?;
+    let shared = [Arc::new(data), writable];
+    Ok(Some(Writers::new(locks, shared, segment, config.lease)))
 }
 
 /// A listening socket and its real place.

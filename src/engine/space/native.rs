@@ -3,12 +3,17 @@
 use super::core::Core;
 use super::outbox::Outbox;
 use super::speaks::{Broken, Taken};
+use crate::engine::keys::Key;
 use crate::limits::SPACE_TURN;
 use crate::space::frame::{
     self, HAS_MAPPING, HAS_REPLICA, HELLO_BYTES, Hello, Operation, REPLY_BYTES, REQUEST_BYTES,
     Refusal, Reply, ReplyHeader, Request, RequestHeader, Status, TELLS_HOLES, WANTS_MAPPING,
     Welcome,
+    self, HAS_MAPPING, HAS_REPLICA, HAS_WRITING, HELLO_BYTES, Hello, Operation, REPLY_BYTES,
+    REQUEST_BYTES, Refusal, Reply, ReplyHeader, Request, RequestHeader, Status, WANTS_MAPPING,
+    WANTS_WRITING, Welcome,
 };
+use crate::sys::process::PidFd;
 
 /// One client's connection: greeting, then requests.
 pub(crate) struct Native {
@@ -19,6 +24,11 @@ pub(crate) struct Native {
     client: u128,
     /// The header at the front, once it was checked.
     header: Option<RequestHeader>,
+    /// The process that connected, until it has greeted.
+    process: Option<PidFd>,
+    /// The client among those that write by mapping.
+    writer: Option<Key>,
+    ended_by_peer: bool,
     /// Work since others had their turn, in bytes.
     turn: u64,
 }
@@ -42,8 +52,19 @@ impl Native {
             state: State::Greeting,
             client: 0,
             header: None,
+            process: None,
+            writer: None,
+            ended_by_peer: false,
             turn: 0,
         }
+    }
+
+    pub(super) fn connected_by(&mut self, process: PidFd) {
+        self.process = Some(process);
+    }
+
+    pub(super) fn ended_by_peer(&mut self) {
+        self.ended_by_peer = true;
     }
 
     pub(super) fn is_greeted(&self) -> bool {
@@ -53,6 +74,9 @@ impl Native {
     pub(super) fn ended(&self, core: &mut Core) {
         if self.state == State::Welcomed {
             core.clients -= 1;
+        }
+        if let (Some(writer), Some(writers)) = (self.writer, &mut core.writers) {
+            writers.left(writer, self.ended_by_peer);
         }
     }
 
@@ -101,6 +125,14 @@ impl Native {
         if mapped && refusal == Refusal::None {
             flags |= HAS_MAPPING;
             out.with_descriptors = true;
+            if hello.flags & WANTS_WRITING != 0
+                && let (Some(process), Some(writers)) = (self.process.take(), &mut core.writers)
+                && let Some((writer, descriptors)) = writers.admit(process)
+            {
+                flags |= HAS_WRITING;
+                self.writer = Some(writer);
+                out.own_descriptors = descriptors;
+            }
         }
         let welcome = Welcome {
             version: frame::VERSION,
@@ -155,7 +187,14 @@ impl Native {
         } else if request.operation == Operation::Holes {
             refused(request, core.holes(request, bytes))
         } else {
-            core.execute(request, body, bytes)
+            match core.execute(request, body, bytes) {
+                Some(reply) => reply,
+                None => {
+                    bytes.truncate(from);
+                    self.header = Some(header);
+                    return Ok(Taken::Waits(0));
+                }
+            }
         };
         core.record(self.client, request, reply.status);
         let (header, body) = bytes[from..].split_at_mut(REPLY_BYTES);

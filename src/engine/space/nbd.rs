@@ -332,7 +332,11 @@ impl Segment<'_> {
         if self.core.stopping {
             return Answer::Failed(Failure::Stopping);
         }
-        let status = self.core.execute(&request, body, out).status;
+        let Some(reply) = self.core.execute(&request, body, out) else {
+            // Others wait for the same: all are asked again together.
+            return Answer::Busy;
+        };
+        let status = reply.status;
         self.core.record(self.serial.into(), &request, status);
         match status {
             Status::Done => Answer::Done,

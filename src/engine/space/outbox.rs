@@ -1,6 +1,8 @@
 //! Replies that wait to be sent, each with what it waits for.
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
 
 /// One reply in the bytes.
 #[derive(Clone, Copy, Debug)]
@@ -23,6 +25,8 @@ pub(crate) struct Outbox {
     replies: VecDeque<Queued>,
     /// Whether the segment's descriptors go with the next bytes.
     pub(super) with_descriptors: bool,
+    /// Those that go instead, where the peer has its own.
+    pub(super) own_descriptors: Vec<Arc<OwnedFd>>,
 }
 
 impl Outbox {

@@ -5,7 +5,7 @@
 //!   wait for anything.
 //! - I2: a turn is bounded by what its connections may have waiting.
 
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,6 +16,8 @@ use super::core::Core;
 use super::errands::Errands;
 use super::outbox::Outbox;
 use super::safety::Safety;
+use super::speaks::Protocol;
+use super::writers::LOOK;
 use crate::engine::keys::{Key, Keyed};
 use crate::limits;
 use crate::sys::SysError;
@@ -44,6 +46,8 @@ pub(super) enum Token {
     Errands,
     Recv(Key),
     Room(Key),
+    /// A client that writes by mapping has died.
+    Death(Key),
 }
 
 impl Token {
@@ -54,6 +58,7 @@ impl Token {
             Self::Recv(key) => (2, key.to_bits()),
             Self::Room(key) => (3, key.to_bits()),
             Self::Errands => (4, 0),
+            Self::Death(key) => (5, key.to_bits()),
         };
         kind << Key::BITS | rest
     }
@@ -66,6 +71,7 @@ impl Token {
             2 => Self::Recv(Key::from_bits(rest)),
             3 => Self::Room(Key::from_bits(rest)),
             4 => Self::Errands,
+            5 => Self::Death(Key::from_bits(rest)),
             _ => return None,
         })
     }
@@ -97,6 +103,8 @@ pub(super) struct Loop {
     pub(super) spare: Vec<Buffer>,
     /// Connections with more to carry out.
     pub(super) again: VecDeque<Key>,
+    /// Connections with an operation that waits for a client which writes by mapping.
+    blocked: BTreeSet<Key>,
     /// Connections with replies that wait for a change to be safe.
     pub(super) held: Vec<Key>,
     /// All changes up to this one are.
@@ -142,6 +150,7 @@ impl Loop {
             scratch: Outbox::default(),
             spare: Vec::new(),
             again: VecDeque::new(),
+            blocked: BTreeSet::new(),
             held: Vec::new(),
             descriptors,
             bell: Arc::new(commands.bell().try_clone_fd()?),
@@ -196,6 +205,9 @@ impl Loop {
                 self.dispatch(completion)?;
             }
             self.core.show();
+            if !self.blocked.is_empty() {
+                self.look_at_blocked();
+            }
             for _ in 0..self.again.len() {
                 if let Some(key) = self.again.pop_front() {
                     self.go_on(key);
@@ -229,7 +241,56 @@ impl Loop {
             return Some(Duration::ZERO);
         }
         let ticks = self.needs_ticks();
-        ticks.then(|| tick.saturating_duration_since(Instant::now()))
+        let wait = ticks.then(|| tick.saturating_duration_since(Instant::now()));
+        if self.blocked.is_empty() {
+            return wait;
+        }
+        Some(wait.map_or(LOOK, |wait| wait.min(LOOK)))
+    }
+
+    /// What came of letting one connection go on, with regard to clients that write by
+    /// mapping.
+    pub(super) fn mind_writers(&mut self, key: Key) {
+        let Some(writers) = &mut self.core.writers else {
+            return;
+        };
+        if writers.take_blocked() {
+            self.blocked.insert(key);
+        }
+        for key in writers.take_gone() {
+            self.ring.cancel(Token::Death(key).to_bits());
+        }
+        for (key, fd) in writers.take_fresh() {
+            let op = Op::Poll {
+                fd,
+                writable: false,
+            };
+            // Without it the death is found when somebody waits for the client.
+            if let Err(error) = self.ring.submit(Token::Death(key).to_bits(), op) {
+                tracing::warn!(%error, "a client's death is not waited for");
+            }
+        }
+    }
+
+    /// Tries operations again that wait for clients which write by mapping.
+    fn look_at_blocked(&mut self) {
+        let Some(writers) = &mut self.core.writers else {
+            return;
+        };
+        if writers.look(Instant::now()) {
+            self.try_blocked();
+        }
+    }
+
+    fn try_blocked(&mut self) {
+        for key in std::mem::take(&mut self.blocked) {
+            self.go_on(key);
+        }
+        if self.blocked.is_empty()
+            && let Some(writers) = &mut self.core.writers
+        {
+            writers.rest();
+        }
     }
 
     fn dispatch(&mut self, completion: Completion) -> Result<(), SysError> {
@@ -269,6 +330,12 @@ impl Loop {
                 }
                 self.errands_done();
                 self.await_errands()?;
+            }
+            Some(Token::Death(key)) => {
+                if let Some(writers) = &mut self.core.writers {
+                    writers.died(key);
+                    self.try_blocked();
+                }
             }
             None => {}
         }

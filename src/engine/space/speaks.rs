@@ -6,6 +6,7 @@ use super::native::Native;
 use super::nbd::Connected;
 use super::outbox::Outbox;
 use crate::engine::keys::Key;
+use crate::sys::process::PidFd;
 
 /// What was taken from the front of the bytes received.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,6 +38,22 @@ impl Speaks {
         match self {
             Self::Native(_) => {}
             Self::Nbd(nbd) => nbd.placed(key),
+        }
+    }
+
+    /// The process that connected, where it may be allowed to write by mapping.
+    pub(super) fn connected_by(&mut self, process: PidFd) {
+        match self {
+            Self::Native(native) => native.connected_by(process),
+            Self::Nbd(_) => {}
+        }
+    }
+
+    /// The peer sends nothing more.
+    pub(super) fn ended_by_peer(&mut self) {
+        match self {
+            Self::Native(native) => native.ended_by_peer(),
+            Self::Nbd(_) => {}
         }
     }
 

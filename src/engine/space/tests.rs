@@ -46,6 +46,7 @@ fn config_in(folder: &tempfile::TempDir, limits: SpaceLimits) -> SpaceServerConf
         data: None,
         errands: None,
         nbd: None,
+        writers: None,
         replica: None,
         log: None,
     }
@@ -108,6 +109,7 @@ fn a_client_that_only_fills_lets_others_have_their_turn() {
 
 fn bounds(max_clients: u64, max_in_flight: u64) -> SpaceLimits {
     SpaceLimits {
+        writer_lease_ms: 20,
         max_clients,
         max_in_flight,
         deadline_ms: 5000,

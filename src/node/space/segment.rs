@@ -15,6 +15,7 @@ use crate::engine::space::Replica;
 use crate::node::Node;
 use crate::region::{ReadError, Region, RegionOptions};
 use crate::space::frame::Incarnation;
+use crate::space::locks::shared_segment;
 use crate::space::memory::{Gate, Memory, Segment};
 use crate::space::{Server, SpaceConfig};
 use crate::sys::memfd;
@@ -38,6 +39,8 @@ pub(super) struct Made {
     pub(super) memory: Box<dyn Memory + Send>,
     /// Open for reading only.
     pub(super) data: OwnedFd,
+    /// The same for writing, where clients may.
+    pub(super) writable: Option<OwnedFd>,
     pub(super) replica: Option<Replica>,
 }
 
@@ -82,12 +85,25 @@ fn former_name(at: usize) -> RegionName {
 /// of it twice.
 pub(super) fn in_memory(config: &SpaceConfig, server: &Server) -> Result<Made, SpaceError> {
     let size = config.map.segment_size();
+    let incarnation = Incarnation(Generation::random().0);
+    if config.local_writers {
+        // No region: nobody else may map one of those for writing.
+        let (memory, data) = shared_segment(region_name(&server.name).as_str(), size)?;
+        return Ok(Made {
+            incarnation,
+            memory: Box::new(memory),
+            data: memfd::reopen_read_only(&data)?,
+            writable: Some(data),
+            replica: None,
+        });
+    }
     let region = Region::create(&region_name(&server.name), size, &RegionOptions::default())?;
     let data = memfd::reopen_read_only(region.data_fd())?;
     Ok(Made {
-        incarnation: Incarnation(Generation::random().0),
+        incarnation,
         memory: Box::new(Segment::new(Box::new(region), size, None)?),
         data,
+        writable: None,
         replica: None,
     })
 }
@@ -167,6 +183,7 @@ pub(super) fn with_replica(
         incarnation,
         memory: Box::new(Segment::new(Written(writer), size, Some(gate))?),
         data,
+        writable: None,
         replica: Some(Replica {
             make_safe: Box::new(make_safe),
             // So that clients hear of it before they give up themselves.

@@ -61,7 +61,7 @@ pub struct Hello {
     pub map: Digest,
     /// Position of the server that it means to reach.
     pub server: u32,
-    /// [`WANTS_MAPPING`](super::WANTS_MAPPING).
+    /// [`WANTS_MAPPING`](super::WANTS_MAPPING), [`WANTS_WRITING`](super::WANTS_WRITING).
     pub flags: u32,
     /// Random number of the client, for the log of operations.
     pub client: u128,
@@ -119,7 +119,8 @@ pub struct Welcome {
     pub map: Digest,
     /// The server's position.
     pub server: u32,
-    /// [`HAS_MAPPING`](super::HAS_MAPPING), [`HAS_REPLICA`](super::HAS_REPLICA).
+    /// [`HAS_MAPPING`](super::HAS_MAPPING), [`HAS_REPLICA`](super::HAS_REPLICA),
+    /// [`HAS_WRITING`](super::HAS_WRITING).
     pub flags: u32,
     /// The life of the segment.
     pub incarnation: Incarnation,

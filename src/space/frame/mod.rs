@@ -248,12 +248,17 @@ numbers! {
 
 /// Flag of a hello: descriptors of the segment are wanted, to read it by mapping.
 pub const WANTS_MAPPING: u32 = 1;
+/// Flag of a hello: descriptors to write the segment by mapping are wanted too.
+pub const WANTS_WRITING: u32 = 2;
 /// Flag of a welcome: descriptors of the segment and of its stripes came with it.
 pub const HAS_MAPPING: u32 = 1;
 /// Flag of a welcome: replies follow the replica's acknowledgement.
 pub const HAS_REPLICA: u32 = 2;
 /// Flag of a welcome: [`Operation::Holes`] is answered.
 pub const TELLS_HOLES: u32 = 4;
+/// Flag of a welcome, besides [`HAS_MAPPING`]: the descriptors are for writing, and a third
+/// one is that of the client's own page.
+pub const HAS_WRITING: u32 = 4;
 /// Flag of a reply to a compare-exchange: it was exchanged.
 pub const EXCHANGED: u8 = 1;
 
