@@ -7,6 +7,7 @@
 //! | `read-4k-16/*`, `write-4k-16/*`: 16 in flight, `/redis` | Redis with as many in flight | >= 1.5x its rate |
 //! | 8 B, 1 MiB, 64 in flight, 32 clients | the same peers | none |
 //! | `mapped-*`: reads from a segment on this host | memcpy of as many bytes | <= 1.5x its time |
+//! | `written-*`: writes to a segment on this host, with `local_writers` | memcpy of as many bytes | none |
 //! | `servers-2`, `servers-3` | one server | none |
 //! | `nbd-read-4k`, `nbd-write-4k`: `fio`, one at a time | the same job, nbdkit's memory plugin | <= 1.1x its time |
 //! | `nbd-*-32`: 32 in flight | the same | >= 1x its rate, unless `fio` is at 90 % of a processor |
@@ -37,6 +38,8 @@ mod several;
 mod udp;
 #[path = "space/work.rs"]
 mod work;
+#[path = "space/written.rs"]
+mod written;
 
 use harness::{Group, Role};
 
@@ -46,6 +49,7 @@ fn main() -> std::process::ExitCode {
         Group::of(several::CLIENTS, several::run_clients),
         Group::of(several::SERVERS, several::run_servers),
         Group::of(mapped::CASES, mapped::run),
+        Group::of(written::CASES, written::run),
         Group::of(udp::CASES, udp::run),
         Group::of(nbd::CASES, nbd::run),
     ];

@@ -55,6 +55,11 @@ pub(crate) struct Servers {
 impl Servers {
     /// Starts `count` servers and writes the pattern everywhere.
     pub(crate) fn start(count: usize) -> anyhow::Result<Self> {
+        Self::start_with(count, "")
+    }
+
+    /// The same with more lines in their file.
+    pub(crate) fn start_with(count: usize, more: &str) -> anyhow::Result<Self> {
         let folder = tempfile::tempdir()?;
         let mut text = format!("segment_size = {SEGMENT}\nservers = [\n");
         let held: Vec<_> = (0..count)
@@ -66,6 +71,7 @@ impl Servers {
         }
         drop(held);
         text += "]\n";
+        text += more;
         let file = folder.path().join("mcomp.cfg");
         fs::write(&file, &text)?;
         let config = SpaceConfig::parse(&text, &file)?;

@@ -49,6 +49,7 @@ mod scenarios;
 mod space;
 mod space_client;
 mod space_file;
+mod space_writers;
 mod transactions;
 mod variables;
 mod watched;
@@ -77,5 +78,14 @@ fn writer_process() {
 fn channel_process() {
     if std::env::var_os(channel_peer::ROLE).is_some() {
         channel_peer::serve_orders();
+    }
+}
+
+/// Not a test of its own: with the variable set this process is a client of a space that
+/// writes by mapping.
+#[test]
+fn space_writer_process() {
+    if let Ok(order) = std::env::var(space_writers::ROLE) {
+        space_writers::serve(&order);
     }
 }

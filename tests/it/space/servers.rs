@@ -114,8 +114,14 @@ impl Servers {
 
     #[track_caller]
     pub(crate) fn start_one(&mut self, at: usize, arguments: &[&str]) {
+        let command = self.serve_command(&format!("s{at}"), arguments);
+        self.start_by(at, command);
+    }
+
+    /// The same by a command of its own, as another user for example.
+    #[track_caller]
+    pub(crate) fn start_by(&mut self, at: usize, command: Command) {
         let name = format!("s{at}");
-        let command = self.serve_command(&name, arguments);
         let node = NodeProcess::start_by(command, &name, self.control_socket(&name));
         self.running[at] = Some(node);
     }
