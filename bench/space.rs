@@ -5,6 +5,7 @@
 //! | `read-4k/*`, `write-4k/*`: one client, one at a time | a bare echo of the same bytes over the same socket | >= 0.85x its rate |
 //! | the same, `/redis` | Redis GETRANGE and SETRANGE over the same socket | >= 1x its rate |
 //! | `read-4k-16/*`, `write-4k-16/*`: 16 in flight, `/redis` | Redis with as many in flight | >= 1.5x its rate |
+//! | the same, `/looking-echo` | the echo, both of whose sides look for bytes before they sleep, as ours do | none |
 //! | 8 B, 1 MiB, 64 in flight, 32 clients | the same peers | none |
 //! | `mapped-*`: reads from a segment on this host | memcpy of as many bytes | <= 1.5x its time |
 //! | `written-*`: writes to a segment on this host, with `local_writers` | memcpy of as many bytes | none |
@@ -22,6 +23,8 @@
 #[path = "space/echo.rs"]
 mod echo;
 mod harness;
+#[path = "space/line.rs"]
+mod line;
 #[path = "space/mapped.rs"]
 mod mapped;
 #[path = "space/nbd.rs"]

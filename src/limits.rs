@@ -112,6 +112,8 @@ limits! {
     SPACE_TURN = 4 * MIB, Bytes;
     /// Time for which a client of a space may stay in the middle of a request, or leave replies unread.
     SPACE_STALL_MS = 60_000, Millis;
+    /// Time that a server of a space looks for the next request, and its client for the reply, before it sleeps: about two wake-ups of a sleeping processor.
+    SPACE_SPIN_US = 100, Micros;
     /// Longest deadline of one operation on a space.
     SPACE_DEADLINE_CEILING_MS = 3_600_000, Millis;
     /// Smallest file of a log of operations, before it is rotated.

@@ -2,22 +2,20 @@
 //! with nothing done in between.
 
 use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::net::TcpListener;
+use std::os::unix::net::UnixListener;
 
 use anyhow::{Context, ensure};
 use uffd_sync::space::frame::{REPLY_BYTES, REQUEST_BYTES};
 
 use crate::harness::{Channel, Child};
+use crate::line::{Line, Waits};
 use crate::servers::PLACEMENT;
-use crate::work::{Over, PATIENCE, SEGMENT, Shape, Side, What};
+use crate::work::{Over, SEGMENT, Shape, Side, What};
 
 pub(crate) const ROLE: &str = "space-echo";
 /// Bytes received at once.
 const ROOM: usize = 256 * 1024;
-
-trait Stream: Read + Write {}
-impl<S: Read + Write> Stream for S {}
 
 /// Lengths of a request and of its reply.
 fn lengths(shape: Shape) -> (usize, usize) {
@@ -27,22 +25,24 @@ fn lengths(shape: Shape) -> (usize, usize) {
     }
 }
 
-/// The echoing process: arguments are the socket's path or `tcp`, and both lengths.
+/// The echoing process: arguments are the socket's path or `tcp`, both lengths, and how it
+/// waits.
 pub(crate) fn serve(mut channel: Channel, args: &[String]) -> anyhow::Result<()> {
-    let [place, asked, answered] = args else {
-        anyhow::bail!("an echo needs a place and two lengths")
+    let [place, asked, answered, waits] = args else {
+        anyhow::bail!("an echo needs a place, two lengths, and how to wait")
     };
     let (asked, answered): (usize, usize) = (asked.parse()?, answered.parse()?);
-    let mut stream: Box<dyn Stream> = if place == "tcp" {
+    let waits = Waits::of_name(waits);
+    let mut stream = if place == "tcp" {
         let listener = TcpListener::bind("127.0.0.1:0")?;
         channel.send(&listener.local_addr()?.port().to_string(), &[])?;
         let stream = listener.accept()?.0;
         stream.set_nodelay(true)?;
-        Box::new(stream)
+        Line::new(stream, waits)
     } else {
         let listener = UnixListener::bind(place)?;
         channel.send("ready", &[])?;
-        Box::new(listener.accept()?.0)
+        Line::new(listener.accept()?.0, waits)
     };
     // As with a server, the bytes are those of a memory that is larger than a cache.
     let memory = vec![7; SEGMENT as usize];
@@ -69,14 +69,14 @@ pub(crate) fn serve(mut channel: Channel, args: &[String]) -> anyhow::Result<()>
 
 /// The asking side.
 pub(crate) struct Echo {
-    stream: Box<dyn Stream + Send>,
+    stream: Line,
     out: Vec<u8>,
     room: Vec<u8>,
     _child: Child,
 }
 
 impl Echo {
-    pub(crate) fn start(over: Over, shape: Shape) -> anyhow::Result<Self> {
+    pub(crate) fn start(over: Over, shape: Shape, waits: Waits) -> anyhow::Result<Self> {
         let folder = tempfile::tempdir()?;
         let (asked, answered) = lengths(shape);
         let lengths = [asked.to_string(), answered.to_string()];
@@ -86,20 +86,12 @@ impl Echo {
             Over::Unix => path.to_str().context("a plain path")?,
         };
         let [_, core] = PLACEMENT.cores();
-        let mut child = Child::spawn(ROLE, core, &[place, &lengths[0], &lengths[1]])?;
+        let args = [place, &lengths[0], &lengths[1], waits.name()];
+        let mut child = Child::spawn(ROLE, core, &args)?;
         let told = child.hear()?.0;
-        let stream: Box<dyn Stream + Send> = match over {
-            Over::Tcp => {
-                let stream = TcpStream::connect(("127.0.0.1", told.parse()?))?;
-                stream.set_nodelay(true)?;
-                stream.set_read_timeout(Some(PATIENCE))?;
-                Box::new(stream)
-            }
-            Over::Unix => {
-                let stream = UnixStream::connect(&path)?;
-                stream.set_read_timeout(Some(PATIENCE))?;
-                Box::new(stream)
-            }
+        let stream = match over {
+            Over::Tcp => Line::tcp(told.parse()?, waits)?,
+            Over::Unix => Line::unix(&path, waits)?,
         };
         Ok(Self {
             stream,

@@ -2,12 +2,13 @@
 
 use crate::echo::Echo;
 use crate::harness::{Goal, Options, Outcome, Rounds};
+use crate::line::Waits;
 use crate::redis::{self, Redis};
 use crate::servers::{Client, PLACEMENT, Servers, on_their_core};
 use crate::work::{Bursts, Over, Shape, Side, What};
 
 struct Case {
-    names: [&'static str; 2],
+    names: [&'static str; 3],
     shape: Shape,
     over: Over,
 }
@@ -17,8 +18,10 @@ macro_rules! cases {
         pub(crate) const CASES: &[&str] = &[$(
             concat!($verb, "-", $size, $suffix, "/tcp"),
             concat!($verb, "-", $size, $suffix, "/tcp/redis"),
+            concat!($verb, "-", $size, $suffix, "/tcp/looking-echo"),
             concat!($verb, "-", $size, $suffix, "/unix"),
             concat!($verb, "-", $size, $suffix, "/unix/redis"),
+            concat!($verb, "-", $size, $suffix, "/unix/looking-echo"),
         )+];
 
         fn cases() -> Vec<Case> {
@@ -29,6 +32,7 @@ macro_rules! cases {
                     names: [
                         concat!($verb, "-", $size, $suffix, "/tcp"),
                         concat!($verb, "-", $size, $suffix, "/tcp/redis"),
+                        concat!($verb, "-", $size, $suffix, "/tcp/looking-echo"),
                     ],
                     shape,
                     over: Over::Tcp,
@@ -37,6 +41,7 @@ macro_rules! cases {
                     names: [
                         concat!($verb, "-", $size, $suffix, "/unix"),
                         concat!($verb, "-", $size, $suffix, "/unix/redis"),
+                        concat!($verb, "-", $size, $suffix, "/unix/looking-echo"),
                     ],
                     shape,
                     over: Over::Unix,
@@ -65,7 +70,8 @@ cases! {
 }
 
 const ECHO: &str = "a bare echo of as many bytes over the same socket";
-const REDIS: &str = "Redis over the same socket";
+const LOOKING: &str = "the same by processes that look for bytes before they sleep, as ours do";
+const REDIS: &str = "Redis over the same socket, its client waiting as ours does";
 
 pub(crate) fn run(options: &Options) -> anyhow::Result<Vec<Outcome>> {
     let servers = on_their_core(|| Servers::start(1))?;
@@ -91,10 +97,14 @@ fn measure(
     outcomes: &mut Vec<Outcome>,
 ) -> anyhow::Result<()> {
     let Case { names, shape, over } = case;
+    let is_page = shape.len == 4096;
     let mut sides: Vec<Box<dyn Side + Send>> = vec![
         Box::new(Client::new(servers, *over, 0)?),
-        Box::new(Echo::start(*over, *shape)?),
+        Box::new(Echo::start(*over, *shape, Waits::Asleep)?),
     ];
+    if is_page {
+        sides.push(Box::new(Echo::start(*over, *shape, Waits::Looking)?));
+    }
     if let Some(redis) = redis {
         sides.push(Box::new(redis.connect(*over)?));
     }
@@ -103,7 +113,6 @@ fn measure(
     let rounds = Rounds::run_placed(options, PLACEMENT, count, |side, _| {
         bursts.rate(&mut *sides[side])
     })?;
-    let is_page = shape.len == 4096;
     let mut echo = Outcome::times(names[0], "op/s", rounds.of(0), (ECHO, rounds.of(1)));
     if is_page && shape.depth == 1 {
         echo = echo.goal(Goal::AtLeast(0.85));
@@ -112,12 +121,17 @@ fn measure(
         echo = echo.note(placement);
     }
     outcomes.push(echo);
+    if is_page {
+        let looking = (LOOKING, rounds.of(2));
+        outcomes.push(Outcome::times(names[2], "op/s", rounds.of(0), looking));
+    }
     if redis.is_none() {
         let reason = "redis-server is not installed";
         outcomes.push(Outcome::not_run(names[1], REDIS, reason));
         return Ok(());
     }
-    let mut peer = Outcome::times(names[1], "op/s", rounds.of(0), (REDIS, rounds.of(2)));
+    let theirs = (REDIS, rounds.of(count - 1));
+    let mut peer = Outcome::times(names[1], "op/s", rounds.of(0), theirs);
     match (is_page, shape.depth) {
         (true, 1) => peer = peer.goal(Goal::AtLeast(1.0)),
         (true, 16) => peer = peer.goal(Goal::AtLeast(1.5)),

@@ -2,14 +2,14 @@
 //! protocol over a connection of its own.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
-use std::os::unix::net::UnixStream;
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, ensure};
 
+use crate::line::{Line, Waits};
 use crate::servers::{Process, stamp};
 use crate::work::{Over, PATIENCE, SEGMENT, Shape, Side, What, check, pattern};
 
@@ -63,18 +63,10 @@ impl Redis {
     }
 
     pub(crate) fn connect(&self, over: Over) -> anyhow::Result<Client> {
-        let stream: Box<dyn Stream + Send> = match over {
-            Over::Tcp => {
-                let stream = TcpStream::connect(("127.0.0.1", self.port))?;
-                stream.set_nodelay(true)?;
-                stream.set_read_timeout(Some(PATIENCE))?;
-                Box::new(stream)
-            }
-            Over::Unix => {
-                let stream = UnixStream::connect(&self.path)?;
-                stream.set_read_timeout(Some(PATIENCE))?;
-                Box::new(stream)
-            }
+        // Its client waits as ours does.
+        let stream = match over {
+            Over::Tcp => Line::tcp(self.port, Waits::Looking)?,
+            Over::Unix => Line::unix(&self.path, Waits::Looking)?,
         };
         Ok(Client {
             stream: BufReader::with_capacity(64 * 1024, stream),
@@ -85,12 +77,9 @@ impl Redis {
     }
 }
 
-trait Stream: Read + Write {}
-impl<S: Read + Write> Stream for S {}
-
 /// One connection.
 pub(crate) struct Client {
-    stream: BufReader<Box<dyn Stream + Send>>,
+    stream: BufReader<Line>,
     out: Vec<u8>,
     buffer: Vec<u8>,
     line: Vec<u8>,

@@ -9,6 +9,7 @@ use uffd_sync::space::frame::{REPLY_BYTES, REQUEST_BYTES};
 
 use crate::echo::Echo;
 use crate::harness::{Channel, Child, Options, Outcome, Rounds};
+use crate::line::Waits;
 use crate::servers::PLACEMENT;
 use crate::work::{Bursts, Over, PATIENCE, Shape, What};
 
@@ -37,7 +38,7 @@ pub(crate) fn run(options: &Options) -> anyhow::Result<Vec<Outcome>> {
         len: 8,
         depth: 1,
     };
-    let mut tcp = Echo::start(Over::Tcp, shape)?;
+    let mut tcp = Echo::start(Over::Tcp, shape, Waits::Asleep)?;
     let [_, core] = PLACEMENT.cores();
     let mut child = Child::spawn(ROLE, core, &[])?;
     let port: u16 = child.hear()?.0.parse()?;

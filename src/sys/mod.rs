@@ -29,6 +29,7 @@ pub mod posix_shm;
 pub mod probe;
 pub mod process;
 pub mod ring;
+pub mod spin;
 pub mod stream;
 pub mod uffd;
 

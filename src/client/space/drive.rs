@@ -11,15 +11,19 @@ use super::socket::Step;
 use super::{Failure, Link, Space};
 use crate::space::frame::{Hello, Incarnation};
 use crate::sys::net::{self, Blocking, Watched};
+use crate::sys::spin::Spinner;
 use crate::sys::{SysError, dial};
 
 /// Sends and receives on one connection before the next has its turn.
 const ROUNDS: usize = 64;
 /// Requests that are sent before anybody waits for their replies.
-const SEND_FROM: usize = 64 * 1024;
+const SEND_FROM: usize = 16 * 1024;
 /// Longest time for which one receive after the other waits in the kernel without a look at
 /// the clock in between.
 const SHORT: Duration = Duration::from_millis(10);
+
+/// Looks for a reply between two times that others may run.
+pub(super) const LOOKS: u32 = 8;
 
 /// A descriptor that a program waits for before it calls [`Space::progress`] again.
 #[derive(Clone, Copy, Debug)]
@@ -88,7 +92,8 @@ impl Space {
         }
     }
 
-    /// The short way: one connection, and a receive that waits in the kernel.
+    /// The short way: one connection, and a receive that looks for a while and then waits in
+    /// the kernel.
     fn drive_alone(&mut self, ticket: Ticket, lent: &mut Lent<'_>) {
         let Some(found) = self.operations.find(ticket) else {
             return;
@@ -101,7 +106,10 @@ impl Space {
             found.deadline.checked_sub(self.deadline),
         );
         let Self {
-            links, operations, ..
+            links,
+            operations,
+            spinner,
+            ..
         } = self;
         let link = &mut links[at];
         let mut is_first = true;
@@ -124,7 +132,7 @@ impl Space {
                     return Ok(false);
                 }
                 let room = lane.room(operations, lent);
-                let bytes = dial::recv(fd, room, Blocking::Yes)?;
+                let bytes = await_bytes(spinner, fd, room)?;
                 if bytes == 0 {
                     return Err(End::Io(ReachError::Ended));
                 }
@@ -242,10 +250,32 @@ impl Space {
         }
         link.lane.encode(&mut self.operations, &Lent::Nothing);
         if link.lane.waiting() >= SEND_FROM
-            && let Err(end) = self.exchange(at, &mut Lent::Nothing)
+            && let Err(end) = self.send_all(at)
         {
             self.end(at, Instant::now(), end);
         }
+    }
+
+    /// Sends what was encoded. Replies are received only where the server takes no more
+    /// before it is rid of them.
+    fn send_all(&mut self, at: usize) -> Result<(), End> {
+        let Self {
+            links, operations, ..
+        } = self;
+        let Link { lane, socket, .. } = &mut links[at];
+        while let Some(fd) = socket.up()
+            && lane.waiting() > 0
+        {
+            let (first, second) = lane.sending(operations, &Lent::Nothing);
+            match dial::send(fd, first, second, Blocking::No) {
+                Ok(bytes) => lane.sent(bytes),
+                Err(error) if error.is_would_block() => {
+                    return self.exchange(at, &mut Lent::Nothing);
+                }
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 
     /// A connection is of no more use.
@@ -293,6 +323,19 @@ impl Space {
         // What poll cannot do, the next step meets again, until the deadline.
         let _ = net::poll_each(&mut watched, Some(time));
     }
+}
+
+/// Receives what comes next.
+fn await_bytes(
+    spinner: &mut Spinner,
+    fd: BorrowedFd<'_>,
+    room: &mut [u8],
+) -> Result<usize, SysError> {
+    let found = spinner.wait_for(|| match dial::recv(fd, room, Blocking::No) {
+        Err(error) if error.is_would_block() => None,
+        found => Some(found),
+    });
+    found.unwrap_or_else(|| dial::recv(fd, room, Blocking::Yes))
 }
 
 impl Link {

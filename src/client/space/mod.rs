@@ -86,7 +86,10 @@ pub use submit::Answer;
 use super::Node;
 use crate::engine::space_file;
 use crate::space::frame::{Hello, VERSION, WANTS_MAPPING, WANTS_WRITING};
+use crate::limits;
+use crate::space::frame::{Hello, VERSION, WANTS_MAPPING};
 use crate::space::{SpaceConfig, SpaceMap};
+use crate::sys::spin::Spinner;
 use lane::Lane;
 use local::Local;
 use operations::Operations;
@@ -146,6 +149,8 @@ pub struct Space {
     next_look: Option<Instant>,
     /// When its caller last let it work: time spent elsewhere is nobody's delay.
     attended: Instant,
+    /// How it waits for a reply.
+    spinner: Spinner,
 }
 
 /// The Unix socket of server `name` of the space `map` in `folder`.
@@ -222,6 +227,7 @@ impl Space {
             submitted: VecDeque::new(),
             next_look: None,
             attended: now,
+            spinner: Spinner::new(Duration::from_micros(limits::SPACE_SPIN_US), drive::LOOKS),
         })
     }
 

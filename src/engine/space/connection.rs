@@ -33,8 +33,12 @@ const RECEIVE_BYTES: usize = 64 * 1024;
 const FAREWELL: Duration = Duration::from_secs(2);
 /// Larger buffers that are kept for the next large frames.
 const SPARE_BUFFERS: usize = 4;
+/// Replies of one connection that may wait to be sent.
+const QUEUE_BYTES: usize = limits::SPACE_SEND_QUEUE as usize;
+/// Replies that are sent before more are made: their reader works meanwhile.
+const SEND_FROM: usize = 16 * 1024;
 /// Replies that one connection may have made before others have their turn.
-const TURN_BYTES: usize = limits::SPACE_SEND_QUEUE as usize;
+const TURN_BYTES: usize = 512 * 1024;
 
 /// A peer's connection.
 pub(super) struct Connection {
@@ -56,6 +60,8 @@ pub(super) struct Connection {
 enum Next {
     /// More has to come until so many bytes are there.
     Needs(usize),
+    /// So many bytes of replies, enough to be sent; there is more.
+    Much(usize),
     /// Others first.
     Turn,
     /// Something has to be completed.
@@ -70,10 +76,14 @@ fn take_all(
     this: &mut super::core::Core,
     out: &mut Outbox,
 ) -> (usize, Next) {
-    let mut at = 0;
+    let (mut at, before) = (0, out.waiting());
     loop {
-        if out.waiting() > TURN_BYTES {
+        if out.waiting() > QUEUE_BYTES {
             return (at, Next::Turn);
+        }
+        let made = out.waiting() - before;
+        if made >= SEND_FROM {
+            return (at, Next::Much(made));
         }
         match speaks.take(&input[at..], this, out) {
             Ok(Taken::Bytes(count)) => at += count,
@@ -217,6 +227,7 @@ impl Loop {
             return;
         };
         connection.received = Some(buf);
+        self.has_served = true;
         match completion.result {
             Ok(0) => {
                 connection.speaks.ended_by_peer();
@@ -240,8 +251,25 @@ impl Loop {
 
     /// Carries out what was received, sends what came of it, and receives more.
     pub(super) fn go_on(&mut self, key: Key) {
+        let mut made = 0;
+        let next = loop {
+            let next = self.carry_out(key);
+            if let Err(error) = self.flush(key) {
+                return self.close(key, &error.to_string());
+            }
+            match next {
+                Next::Much(bytes) if made < TURN_BYTES => made += bytes,
+                Next::Much(_) => break Next::Turn,
+                next => break next,
+            }
+        };
+        self.after(key, next);
+    }
+
+    /// Carries out what was received, until its replies are to be sent.
+    fn carry_out(&mut self, key: Key) -> Next {
         let Some(connection) = self.connections.get_mut(key) else {
-            return;
+            return Next::Needs(0);
         };
         // Replies are made in one place for all, as long as a peer takes them at once.
         if connection.out.waiting() == 0 {
@@ -268,18 +296,16 @@ impl Loop {
             self.mind_writers(key);
         }
         self.after(key, next);
+        next
     }
 
     fn after(&mut self, key: Key, next: Next) {
-        if let Err(error) = self.flush(key) {
-            return self.close(key, &error.to_string());
-        }
         let needs = match next {
             Next::Needs(needs) => needs,
-            Next::Turn => {
+            Next::Turn | Next::Much(_) => {
                 // What was received is not all carried out: nothing more is asked for. With
                 // as much waiting as before it goes on when that has gone.
-                if self.waiting(key) <= TURN_BYTES {
+                if self.waiting(key) <= QUEUE_BYTES {
                     self.again.push_back(key);
                 }
                 return self.watch(key);
@@ -418,7 +444,7 @@ impl Loop {
         let Some(connection) = self.connections.get_mut(key) else {
             return;
         };
-        if connection.out.waiting() > TURN_BYTES {
+        if connection.out.waiting() > QUEUE_BYTES {
             return;
         }
         let Some(buffer) = connection.received.take() else {

@@ -1,9 +1,11 @@
 //! The loop of one server: one thread, one ring, the segment worked on by nobody else.
 //!
-//! - I1: whatever the ring is told waits for is submitted and waited for by one call at the
-//!   end of a turn; replies are sent by a call of their own before it, so that they never
-//!   wait for anything.
+//! - I1: whatever the ring is told waits for is submitted and waited for at the end of a
+//!   turn; replies are sent by a call of their own before it, so that they never wait for
+//!   anything.
 //! - I2: a turn is bounded by what its connections may have waiting.
+//! - I3: after a turn that served somebody the ring is looked at for a while before the
+//!   thread sleeps, as long as that finds requests now and then.
 
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
@@ -24,6 +26,8 @@ use crate::sys::SysError;
 use crate::sys::buffer::Buffer;
 use crate::sys::futex::Lifeline;
 use crate::sys::ring::{Completion, MAX_IN_FLIGHT, Op, Ring};
+use crate::sys::ring::{Completion, Op, Ring};
+use crate::sys::spin::Spinner;
 
 /// Entries of the submission queue.
 const RING_ENTRIES: u32 = 256;
@@ -35,6 +39,8 @@ const _: () = assert!(
 );
 /// How often deadlines are looked at, while there are any.
 const TICK: Duration = Duration::from_millis(100);
+/// Looks at the ring between two times that others may run.
+const LOOKS: u32 = 64;
 /// How long replies may take to go when the server ends.
 const DRAIN: Duration = Duration::from_millis(500);
 
@@ -101,6 +107,9 @@ pub(super) struct Loop {
     /// Where replies are made.
     pub(super) scratch: Outbox,
     pub(super) spare: Vec<Buffer>,
+    /// Whether the turn carried out what a client had sent.
+    pub(super) has_served: bool,
+    spinner: Spinner,
     /// Connections with more to carry out.
     pub(super) again: VecDeque<Key>,
     /// Connections with an operation that waits for a client which writes by mapping.
@@ -149,6 +158,8 @@ impl Loop {
             watched: 0,
             scratch: Outbox::default(),
             spare: Vec::new(),
+            has_served: false,
+            spinner: Spinner::new(Duration::from_micros(limits::SPACE_SPIN_US), LOOKS),
             again: VecDeque::new(),
             blocked: BTreeSet::new(),
             held: Vec::new(),
@@ -200,6 +211,7 @@ impl Loop {
         let mut tick = Instant::now();
         loop {
             let wait = self.wait(tick);
+            self.look_around(wait)?;
             self.ring.enter(wait)?;
             while let Some(completion) = self.ring.next() {
                 self.dispatch(completion)?;
@@ -291,6 +303,20 @@ impl Loop {
         {
             writers.rest();
         }
+    }
+
+    /// Where the next request is likely to come at once, to look for it is quicker than to
+    /// be woken by it.
+    fn look_around(&mut self, wait: Option<Duration>) -> Result<(), SysError> {
+        let has_served = std::mem::take(&mut self.has_served);
+        if !has_served || wait == Some(Duration::ZERO) {
+            return Ok(());
+        }
+        let Self { ring, spinner, .. } = self;
+        ring.enter(Some(Duration::ZERO))?;
+        // What is found is taken by whoever enters the ring next.
+        spinner.wait_for(|| ring.has_work().then_some(()));
+        Ok(())
     }
 
     fn dispatch(&mut self, completion: Completion) -> Result<(), SysError> {

@@ -255,6 +255,42 @@ fn what_is_long_comes_and_goes_whole() {
     assert_eq!(reply.status, Status::TooLong);
 }
 
+/// Replies go in parts and turns; what follows in the same bytes received is not left over.
+#[test]
+fn many_replies_at_once_come_in_order_and_keep_nobody_waiting() {
+    let served = serve(bounds(8, 1000));
+    let mut greedy = served.greeted(served.unix());
+    let mut other = served.greeted(served.tcp());
+    let pages = K / 4096;
+    for page in 0..pages {
+        greedy.send(Operation::Fill, page * 4096, 4096, &[page as u8]);
+    }
+    for _ in 0..pages {
+        assert_eq!(greedy.receive().0.status, Status::Done);
+    }
+    // Beyond what one turn answers, in few receives.
+    let mut asked = Vec::new();
+    for page in 0..pages {
+        let request = Request {
+            id: page,
+            epoch: 0,
+            operation: Operation::Read,
+            offset: page * 4096,
+            len: 4096,
+        };
+        asked.extend(request.encode(b""));
+    }
+    for _ in 0..3 {
+        greedy.0.write_all(&asked).expect("sent");
+        assert_eq!(other.ask(Operation::Ping, 0, 0, b"").0.status, Status::Done);
+        for page in 0..pages {
+            let (reply, body) = greedy.receive();
+            assert_eq!(reply.id, page);
+            assert!(body == [page as u8; 4096], "page {page}");
+        }
+    }
+}
+
 /// As much as the file allows is sent before the first reply is read, then more.
 #[test]
 fn many_may_be_under_way_and_too_many_are_told_so() {
