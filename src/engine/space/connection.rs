@@ -36,7 +36,7 @@ const SPARE_BUFFERS: usize = 4;
 /// Replies of one connection that may wait to be sent.
 const QUEUE_BYTES: usize = limits::SPACE_SEND_QUEUE as usize;
 /// Replies that are sent before more are made: their reader works meanwhile.
-const SEND_FROM: usize = 16 * 1024;
+const SEND_FROM: usize = 32 * 1024;
 /// Replies that one connection may have made before others have their turn.
 const TURN_BYTES: usize = 512 * 1024;
 
