@@ -2,13 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::RegionError;
 use super::layout::ACK_SEQ;
 use super::pulse::Waited;
 use super::writer::Shared;
 use crate::limits::MAX_ACKED_SLOTS;
+use crate::sys::process::deadline_in;
 use crate::words::{EpochKind, Generation};
 
 /// The epoch that holds what was stored before a commit.
@@ -38,7 +39,7 @@ impl Epoch {
             return Ok(());
         };
         let control = self.shared.control();
-        let end = Instant::now() + deadline;
+        let end = deadline_in(deadline);
         let seq = control.mem.atomic_u32(ACK_SEQ);
         loop {
             // SYNC(ack_seq): pairs with the addition in `set_acked`.

@@ -20,6 +20,7 @@ use crate::limits::{HOLD_MAX_MS, READ_TRIES, UPDATE_DEADLINE_MS};
 use crate::shm::{SharedMemory, seqlock};
 use crate::sys::map::{Access, Mapping};
 use crate::sys::memfd::{self, Seals};
+use crate::sys::process::deadline_in;
 use crate::units::{MIB, OutOfRange};
 use crate::words::{EpochKind, Generation};
 
@@ -225,7 +226,7 @@ impl RegionReader {
         deadline: Duration,
         mut read: impl FnMut(View<'_>) -> R,
     ) -> Result<(R, ReadEpoch), ReadError> {
-        let end = Instant::now() + deadline;
+        let end = deadline_in(deadline);
         loop {
             let (value, epoch) = self.read_at_epoch(&mut read)?;
             if epoch.kind == EpochKind::Cut {
@@ -240,7 +241,7 @@ impl RegionReader {
     /// # Errors
     /// [`ReadError::TimedOut`]; [`ReadError::SourceGone`] if the engine died.
     pub fn wait_epoch(&self, after: u64, deadline: Duration) -> Result<u64, ReadError> {
-        self.wait_until(after, Instant::now() + deadline)
+        self.wait_until(after, deadline_in(deadline))
     }
 
     fn wait_until(&self, after: u64, end: Instant) -> Result<u64, ReadError> {

@@ -9,6 +9,7 @@
 )]
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout};
@@ -265,6 +266,13 @@ pub fn monotonic_ns() -> u64 {
 /// Time since 1970 in nanoseconds (`CLOCK_REALTIME`).
 pub fn realtime_ns() -> u64 {
     clock_ns(ClockId::CLOCK_REALTIME)
+}
+
+/// The instant `timeout` from now. What is longer than a year, for ever among it, is that
+/// long: no clock shows the sum of now and [`Duration::MAX`].
+pub fn deadline_in(timeout: Duration) -> Instant {
+    const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
+    Instant::now() + timeout.min(FAR)
 }
 
 fn clock_ns(clock: ClockId) -> u64 {

@@ -11,6 +11,7 @@ use super::ring::{Damage, Found, ReadCursor, ReleaseQueue};
 use super::segment::{Created, Ownership, Segment};
 use super::wait::{Peer, Waiter, next_look};
 use crate::shm::Semaphore;
+use crate::sys::process::deadline_in;
 use crate::units::{OutOfRange, checked_range};
 
 /// Reads frames from a buffer that it owns: it makes it, and with it everything of
@@ -134,7 +135,7 @@ impl Reader {
             }
             self.shared.written.take_all();
         }
-        self.read_slowly(Instant::now() + timeout)
+        self.read_slowly(deadline_in(timeout))
     }
 
     #[cold]
@@ -241,7 +242,7 @@ impl Reader {
     /// # Errors
     /// [`ZeroBufferError::Damaged`]; [`ZeroBufferError::Stopped`].
     pub fn wait_writer(&mut self, timeout: Duration) -> Result<bool, ZeroBufferError> {
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline_in(timeout);
         let pause = Duration::from_millis(crate::limits::ZEROBUFFER_ATTACH_POLL_MS);
         loop {
             if let Some(Ok(())) = self.look_at_writer(true)? {

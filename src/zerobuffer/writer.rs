@@ -13,7 +13,7 @@ use super::wait::{Peer, Wait, Waiter, next_look};
 use crate::limits::{ZEROBUFFER_ATTACH_POLL_MS, ZEROBUFFER_CHECK_FRAMES};
 use crate::shm::Semaphore;
 use crate::shm::WriteError;
-use crate::sys::process::process_id;
+use crate::sys::process::{deadline_in, process_id};
 use crate::units::checked_range;
 
 /// Writes frames into a buffer that a [`Reader`](super::Reader), here or in another
@@ -58,7 +58,7 @@ impl Writer {
         timeout: Duration,
     ) -> Result<Writer, ZeroBufferError> {
         let name = BufferName::new(name)?;
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline_in(timeout);
         loop {
             let refused = match Writer::attach_as(&name, wait) {
                 Err(
@@ -232,7 +232,7 @@ impl Writer {
             self.check_reader(true)?;
         }
         if self.free()? < place.need {
-            self.wait_for_room(&place, len, Instant::now() + timeout)?;
+            self.wait_for_room(&place, len, deadline_in(timeout))?;
         }
         Ok(place)
     }

@@ -12,6 +12,7 @@ use crate::limits::{
     ZEROBUFFER_ATTACH_POLL_MS, ZEROBUFFER_PEER_CHECK_MS, ZEROBUFFER_REFUSAL_BYTES,
 };
 use crate::shm::WriteError;
+use crate::sys::process::deadline_in;
 use crate::units::{MIB, OutOfRange};
 
 /// What a client is made with.
@@ -72,7 +73,7 @@ impl DuplexClient {
         options: &ClientOptions,
     ) -> Result<DuplexClient, ZeroBufferError> {
         let (request, response) = BufferName::of_channel(channel)?;
-        let deadline = Instant::now() + options.connect_timeout;
+        let deadline = deadline_in(options.connect_timeout);
         let pause = Duration::from_millis(ZEROBUFFER_ATTACH_POLL_MS);
         while let Err(error) = is_free(&request) {
             let passing = matches!(
@@ -138,7 +139,7 @@ impl DuplexClient {
     /// 40 ms of the server's death; [`ZeroBufferError::NoSuchRequest`] for a response
     /// that nobody asked for; [`ZeroBufferError::Damaged`].
     pub fn receive(&mut self, timeout: Duration) -> Result<Response, ZeroBufferError> {
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline_in(timeout);
         let frame = loop {
             let left = deadline.saturating_duration_since(Instant::now());
             // The response buffer does not know of a server that has never answered.
@@ -187,7 +188,7 @@ impl DuplexClient {
         if sequence < self.next_answer || sequence >= self.requests.next_sequence() {
             return Err(ZeroBufferError::NoSuchRequest { sequence });
         }
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline_in(timeout);
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             match self.receive(left) {
@@ -206,7 +207,7 @@ impl DuplexClient {
     /// [`ZeroBufferError::TimedOut`] the request stands; its response is dropped by
     /// the next call.
     pub fn call(&mut self, bytes: &[u8], timeout: Duration) -> Result<Response, ZeroBufferError> {
-        let deadline = Instant::now() + timeout;
+        let deadline = deadline_in(timeout);
         let sequence = self.send(bytes, timeout)?;
         self.receive_for(sequence, deadline.saturating_duration_since(Instant::now()))
     }
