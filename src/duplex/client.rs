@@ -294,7 +294,9 @@ impl ClientCore {
     /// one looked for, which costs a line of the completion ring.
     #[inline]
     pub fn poll_any(&mut self, thorough: bool) -> Option<Sequence> {
-        if let Some(sequence) = self.finished.pop_front() {
+        if !self.finished.is_empty()
+            && let Some(sequence) = self.next_finished()
+        {
             return Some(sequence);
         }
         self.kick();
@@ -306,6 +308,19 @@ impl ClientCore {
             return None;
         }
         self.poll_ring()
+    }
+
+    /// The next that was finished when the server was found dead, unless it was received
+    /// by its number since.
+    #[cold]
+    fn next_finished(&mut self) -> Option<Sequence> {
+        while let Some(sequence) = self.finished.pop_front() {
+            let record = &self.records[(sequence & self.mask) as usize];
+            if record.sequence == sequence && matches!(record.phase, Phase::Done(_)) {
+                return Some(sequence);
+            }
+        }
+        None
     }
 
     fn poll_ring(&mut self) -> Option<Sequence> {

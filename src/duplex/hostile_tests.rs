@@ -392,3 +392,15 @@ proptest! {
         prop_assert!(!taken.has_request());
     }
 }
+
+#[test]
+fn a_generation_goes_round_and_is_never_0() {
+    let segment = small();
+    let at = segment.geometry().control + control::ID_GENERATION;
+    let word = segment.control().atomic_u64(at);
+    for (found, next) in [(1, 2), (u64::MAX - 1, u64::MAX), (u64::MAX, 1), (0, 1)] {
+        word.store(found, Ordering::Relaxed);
+        assert_eq!(segment.raise_generation(), next);
+        assert_eq!(segment.generation(), next);
+    }
+}

@@ -90,6 +90,9 @@ pub struct ChannelStatus {
     pub resident_bytes: u64,
 }
 
+/// One stop in [`Segment::signs`], above a bit for each side.
+const ONE_STOP: u32 = 1 << 2;
+
 /// The memory of one channel: mapped, with a geometry that was checked. Clones
 /// share it.
 #[derive(Clone, Debug)]
@@ -110,8 +113,9 @@ struct Inner {
     fds: Vec<OwnedFd>,
     /// On the server's side: the region that the payload is a part of.
     region: Option<InRegion>,
-    /// Sides that are known to be dead from elsewhere, as bits.
-    lost: AtomicU32,
+    /// What this process knows from elsewhere, which no peer can take back: sides that are
+    /// dead, as bits, and above them the number of times that a side of it stopped.
+    signs: AtomicU32,
 }
 
 impl Segment {
@@ -287,7 +291,7 @@ impl Segment {
             payload,
             fds,
             region,
-            lost: AtomicU32::new(0),
+            signs: AtomicU32::new(0),
         })))
     }
 
@@ -312,12 +316,18 @@ impl Segment {
         self.generation_word().load(Ordering::Acquire)
     }
 
-    /// A new server begins: raises the generation and forgets waiters of the old one.
+    /// A new server begins: raises the generation, never to 0, and forgets waiters of the
+    /// old one.
     pub fn raise_generation(&self) -> u64 {
         for index in [line::REQUEST_READY, line::RESPONSE_CONSUMED] {
             event::forget_waiters(&self.lines().line(index).0[0]);
         }
-        self.generation_word().fetch_add(1, Ordering::AcqRel) + 1
+        let raised = |found: u64| Some(found.wrapping_add(1).max(1));
+        // The closure always answers something.
+        let found = self
+            .generation_word()
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, raised);
+        found.map_or(1, |found| found.wrapping_add(1).max(1))
     }
 
     /// Whether both sides stop at failpoints.
@@ -386,20 +396,34 @@ impl Segment {
     pub fn set_lost(&self, side: Side, lost: bool) {
         let bit = 1 << side as u32;
         if lost {
-            // SYNC(lost): pairs with the load in `presence`.
-            self.0.lost.fetch_or(bit, Ordering::Release);
+            // SYNC(signs): pairs with the load in `signs`.
+            self.0.signs.fetch_or(bit, Ordering::Release);
+            self.wake_own();
             self.ring_all(Semaphore::RequestReady);
             self.ring_all(Semaphore::ResponseReady);
             self.ring_all(Semaphore::SpaceAvailable);
         } else {
-            self.0.lost.fetch_and(!bit, Ordering::Release);
+            self.0.signs.fetch_and(!bit, Ordering::Release);
         }
+    }
+
+    /// What this process knows of the channel from elsewhere: a number that changes with
+    /// each [`Segment::set_lost`] and [`Segment::stop`], and the futex word that it is.
+    /// Who sleeps on it too is woken by those whatever the peer does to the event counts.
+    pub fn signs(&self) -> (u32, &AtomicU32) {
+        let word = &self.0.signs;
+        // SYNC(signs): pairs with the stores in `set_lost` and `stop`.
+        (word.load(Ordering::Acquire), word)
+    }
+
+    fn wake_own(&self) {
+        // Refused only for an address that is not mapped.
+        let _ = futex::wake(&self.0.signs, u32::MAX);
     }
 
     /// Whether `side` is there.
     pub fn presence(&self, side: Side) -> Presence {
-        // SYNC(lost): pairs with the store in `set_lost`.
-        if self.0.lost.load(Ordering::Acquire) & 1 << side as u32 != 0 {
+        if self.signs().0 & 1 << side as u32 != 0 {
             return Presence::Died;
         }
         match self.lifeline_word(side).load(Ordering::Acquire) {
@@ -415,12 +439,17 @@ impl Segment {
     }
 
     /// Says that `side` died, for who knows it otherwise than by its word: its
-    /// connection has ended. Nothing changes where `holder` is not who holds the word:
-    /// another one came meanwhile.
+    /// connection has ended. A word that nobody holds, since `side` never did or has given
+    /// it back, says so too. Nothing changes where another one than `holder` holds the
+    /// word: it came meanwhile.
     pub fn mark_died(&self, side: Side, holder: u32) {
         let word = self.lifeline_word(side);
         let died = |found| {
-            let its_own = futex::is_held(found) && found & futex::TID_MASK == holder;
+            let its_own = match futex::is_held(found) {
+                true => found & futex::TID_MASK == holder,
+                // Who stopped in order left in order.
+                false => !self.is_stopped(side),
+            };
             its_own.then_some(futex::OWNER_DIED | futex::WAITERS)
         };
         // SYNC(lifeline): in the place of the kernel; pairs with the loads of those who
@@ -432,21 +461,36 @@ impl Segment {
         }
     }
 
-    /// Waits until `side` is not there any more; false if it still is at the deadline.
-    pub fn wait_until_gone(&self, side: Side, deadline: std::time::Instant) -> bool {
+    /// Whether `side` came and has gone again: its word says that it died, or it gave the
+    /// word back and has stopped. A side that never held its word is there until somebody
+    /// marks it ([`Segment::mark_died`]).
+    pub fn has_left(&self, side: Side) -> bool {
+        match self.presence(side) {
+            Presence::Alive => false,
+            Presence::Died => true,
+            Presence::Absent => self.is_stopped(side),
+        }
+    }
+
+    /// Waits until the server is not there any more ([`Segment::has_left`]); false if it
+    /// still is at the deadline, or when the client stops.
+    pub fn wait_until_server_left(&self, deadline: std::time::Instant) -> bool {
+        let side = Side::Server;
         let word = self.lifeline_word(side);
         loop {
+            let (signs, own) = self.signs();
             // SYNC(lifeline): pairs with who gives the word back, or the kernel.
             let found = word.load(Ordering::Acquire);
-            if !futex::is_held(found) {
+            if self.has_left(side) {
                 // The kernel wakes one waiter; each wakes the next.
                 let _ = futex::wake(word, u32::MAX);
                 return true;
             }
-            match futex::wait(word, found, Some(deadline)) {
-                Ok(futex::Wake::TimedOut) | Err(_) => {
-                    return !futex::is_held(word.load(Ordering::Acquire));
-                }
+            if self.is_stopped(Side::Client) {
+                return false;
+            }
+            match futex::wait_any(&[(word, found), (own, signs)], Some(deadline)) {
+                Ok(futex::Wake::TimedOut) | Err(_) => return self.has_left(side),
                 Ok(_) => {}
             }
         }
@@ -481,6 +525,9 @@ impl Segment {
     pub fn stop(&self, side: Side) {
         self.stop_word(side).store(1, Ordering::Release);
         self.mirror(side);
+        // SYNC(signs): pairs with the load in `signs`.
+        self.0.signs.fetch_add(ONE_STOP, Ordering::Release);
+        self.wake_own();
         for semaphore in [
             Semaphore::RequestReady,
             Semaphore::ResponseReady,

@@ -8,8 +8,8 @@
 //! |---|---|---|
 //! | `FREE` | client | `CLIENT_WRITING`, `REQUEST` |
 //! | `CLIENT_WRITING` | client | `REQUEST`, `FREE` |
-//! | `REQUEST` | server | `SERVER_BUSY`, `RESPONSE`, `FAILED`, `CANCELLED`, `RELEASED` (one-way) |
-//! | `SERVER_BUSY` | server | `RESPONSE`, `FAILED`, `RELEASED` (one-way); `POISONED` by a new server |
+//! | `REQUEST` | server | `SERVER_BUSY`, `RESPONSE`, `FAILED`, `CANCELLED`, `RELEASED` (one-way); `POISONED` by the client of a dead server |
+//! | `SERVER_BUSY` | server | `RESPONSE`, `FAILED`, `RELEASED` (one-way); `POISONED` likewise |
 //! | `RESPONSE`, `FAILED` | client | `CLIENT_READING`, `RELEASED`, and what follows on `FREE` |
 //! | `CLIENT_READING` | client | `RELEASED` |
 //! | `CANCELLED` | client | what follows on `RELEASED` |
@@ -55,7 +55,7 @@ pub enum State {
     Released = 7,
     /// The client asked for that in time: the handler did not run.
     Cancelled = 8,
-    /// Its server died while the handler ran.
+    /// Its server died before it was answered.
     Poisoned = 9,
 }
 
@@ -92,8 +92,8 @@ impl State {
         }
     }
 
-    /// Whether its owner may change it to `next`, which may belong to a later frame
-    /// in the same slot.
+    /// Whether its owner, or the client of one that died, may change it to `next`, which
+    /// may belong to a later frame in the same slot.
     pub const fn may_become(self, next: State) -> bool {
         use State::{
             Cancelled, ClientReading, ClientWriting, Failed, Free, Poisoned, Released, Request,
@@ -105,7 +105,10 @@ impl State {
                     || matches!((self, next), (Cancelled | Poisoned, Released))
             }
             ClientWriting => matches!(next, Request | Free),
-            Request => matches!(next, ServerBusy | Response | Failed | Cancelled | Released),
+            Request => matches!(
+                next,
+                ServerBusy | Response | Failed | Cancelled | Released | Poisoned
+            ),
             ServerBusy => matches!(next, Response | Failed | Released | Poisoned),
             Response | Failed => {
                 matches!(next, ClientReading | Released | ClientWriting | Request)
@@ -234,7 +237,7 @@ mod tests {
             (ClientWriting, &[Request, Free]),
             (
                 Request,
-                &[ServerBusy, Response, Failed, Cancelled, Released],
+                &[ServerBusy, Response, Failed, Cancelled, Released, Poisoned],
             ),
             (ServerBusy, &[Response, Failed, Released, Poisoned]),
             (Response, &[ClientReading, Released, ClientWriting, Request]),

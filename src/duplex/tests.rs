@@ -250,6 +250,24 @@ fn a_new_server_takes_over_where_the_old_one_died() {
     }
 }
 
+#[test]
+fn what_was_received_by_its_number_is_not_told_again() {
+    let (mut client, server) = sides(4096);
+    let [first, second] = [(); 2].map(|()| {
+        let sent = client.submit(b"x", Options::default());
+        sent.expect("room")
+    });
+    client.kick();
+    serve(&server);
+    serve(&server);
+    assert!(client.server_died().is_empty(), "all were answered");
+    assert_eq!(client.poll(first), Poll::Response);
+    assert!(client.release(first));
+    assert_eq!(client.poll_any(true), Some(second));
+    assert!(client.release(second));
+    assert_eq!(client.poll_any(true), None);
+}
+
 /// What a test does to a channel in one step.
 #[derive(Clone, Debug)]
 enum Step {

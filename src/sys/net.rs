@@ -155,9 +155,17 @@ fn is_of_the_dead(connection: &OwnedFd) -> Result<bool, SysError> {
 /// `ENOENT` if nothing is there, `ECONNREFUSED` if nobody listens, `EAGAIN` if
 /// the listener does not accept in time.
 pub fn unix_connect(path: &Path) -> Result<OwnedFd, SysError> {
+    unix_connect_within(path, CONNECT_DEADLINE)
+}
+
+/// Connects to a Unix socket within `longest`.
+///
+/// # Errors
+/// As [`unix_connect`].
+pub fn unix_connect_within(path: &Path, longest: Duration) -> Result<OwnedFd, SysError> {
     let address = UnixAddr::new(path).map_err(|e| SysError::new("Unix socket path", e))?;
     let fd = unix_socket()?;
-    set_timeouts(&fd, None, Some(CONNECT_DEADLINE))?;
+    set_timeouts(&fd, None, Some(longest))?;
     connect(fd.as_raw_fd(), &address).map_err(|e| SysError::new("connect", e))?;
     set_timeouts(&fd, None, None)?;
     Ok(fd)

@@ -88,6 +88,75 @@ fn a_server_killed_at_each_transition_and_the_next_one_goes_on() {
     }
 }
 
+/// A server with several workers stores the completion before it hands over.
+#[test]
+fn a_server_of_two_workers_killed_at_each_transition() {
+    let folder = folder();
+    for (place, expected) in [
+        (Failpoint::ServerBusy, "died"),
+        (Failpoint::ServerHandler, "died modified"),
+        (Failpoint::ServerResponse, "died modified"),
+        (Failpoint::ServerCompletion, "died modified"),
+        (Failpoint::ServerPost, "response"),
+    ] {
+        for len in LENGTHS {
+            let server = server_of_two(folder.path());
+            let client = join(folder.path(), "a").expect("a client");
+            works(&client, len);
+            let kill = || server.kill();
+            let (mut client, report, took) = call_and(client, place, len, 20_000, kill);
+            assert_eq!(report.kind(), expected, "{place:?} {len}: {report:?}");
+            assert!(took < SOON, "{place:?} {len}: {took:?}");
+            client.segment().arm_failpoint(None);
+            let _next = server_of_two(folder.path());
+            client.reconnect(PATIENCE).expect("the next server");
+            for len in LENGTHS {
+                works(&client, len);
+            }
+        }
+    }
+}
+
+fn server_of_two(folder: &std::path::Path) -> Peer {
+    let mut server = Peer::start();
+    server.carry_out(&Order::Serve {
+        folder: folder.to_owned(),
+        name: "a".to_owned(),
+        clients: 1,
+        workers: 2,
+        failpoints: true,
+    });
+    server
+}
+
+#[test]
+fn a_server_stopped_at_a_cancelled_request_gives_its_room_back_later() {
+    let folder = folder();
+    let server = Peer::server(folder.path(), "a", true);
+    let client = join(folder.path(), "a").expect("a client");
+    let segment = client.segment().clone();
+    let mut slow = request(ask::SLEEP, 5000);
+    slow[1] = 200;
+    let first = client.send_request(&slow).expect("sent");
+    let second = client.send_request(&request(ask::UPPER, 5000)).expect("sent");
+    segment.arm_failpoint(Some(Failpoint::ServerCancelled));
+    assert!(client.cancel(second), "the server sleeps");
+    await_that("the server at the failpoint", || {
+        segment.failpoint_reached() == Failpoint::ServerCancelled as u32
+    });
+    server.stop();
+    segment.arm_failpoint(None);
+    let answer = client.receive_for(first, PATIENCE).expect("it was answered");
+    assert_eq!(answer.len(), 5000);
+    drop(answer);
+    assert!(!client.wait_for_room(Duration::from_millis(50)), "it stands");
+    server.signal(Signal::SIGCONT);
+    assert!(client.wait_for_room(PATIENCE), "it goes on");
+    works(&client, 5000);
+    client.mirror();
+    assert_eq!(segment.status().expect("a status").free_bytes, 1 << 20);
+}
+
 #[test]
 fn a_server_stopped_at_each_transition_costs_a_deadline_and_no_more() {
     let folder = folder();

@@ -12,6 +12,7 @@ mod bad_peers;
 mod channel_cli;
 mod channel_death;
 mod channel_hostile;
+mod channel_lives;
 mod channel_peer;
 mod channel_python;
 mod channel_region;

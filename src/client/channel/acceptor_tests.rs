@@ -12,13 +12,13 @@ use std::time::{Duration, Instant};
 use tempfile::TempDir;
 
 use super::acceptor::{Acceptor, Bell, HalfOpen, Host, Joined};
-use super::rendezvous::{ConnectError, Granted, ask, channel_socket, deadline_in};
+use super::rendezvous::{ConnectError, Granted, ask, channel_socket};
 use crate::duplex::rendezvous::{
     Answer, Ask, ChannelKind, ChannelName, Hello, MESSAGE_BYTES, Offer, Refusal, Welcome,
 };
 use crate::limits::{MAX_CHANNEL_FDS, MAX_CHANNEL_STATUS};
 use crate::sys::net::{self, Blocking, PeerCredentials};
-use crate::sys::process::process_id;
+use crate::sys::process::{deadline_in, process_id};
 use crate::sys::{SysError, memfd};
 
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -437,4 +437,22 @@ fn hostile_servers_are_found_out() {
     let error = against(dribble, Duration::from_millis(300)).expect_err("too slow");
     assert!(matches!(error, ConnectError::TimedOut { .. }), "{error}");
     assert!(begun.elapsed() < PATIENCE);
+}
+
+/// Nobody accepts, and no more fit into the queue in front.
+#[test]
+fn a_server_that_accepts_nobody_costs_the_deadline_and_no_more() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let path = channel_socket(folder.path(), &name());
+    let _listener = net::unix_listen(&path).expect("a socket");
+    let soon = Duration::from_millis(50);
+    let mut waiting = Vec::new();
+    while let Ok(socket) = net::unix_connect_within(&path, soon) {
+        waiting.push(socket);
+        assert!(waiting.len() < 1000, "a queue without an end");
+    }
+    let begun = Instant::now();
+    let late = ask(&path, &name(), &ATTACH, &[], deadline_in(soon)).map(drop);
+    assert!(matches!(late, Err(ConnectError::TimedOut { .. })), "{late:?}");
+    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
 }

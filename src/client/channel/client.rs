@@ -5,13 +5,13 @@ use std::time::Duration;
 
 use super::keeper::{Keeper, go_on};
 use super::link::Link;
-use super::rendezvous::deadline_in;
 use super::wait::{Ended, HOT_LOOKS, Waiter};
 use super::{ChannelError, SharedDuplexClient};
 use crate::duplex::{
     AcquireError, ClientCore, FrameBytes, FramePlace, Grant, OpenLimits, Options, Poll, Presence,
     Segment, Semaphore, Sequence, Side, Waiting,
 };
+use crate::sys::process::deadline_in;
 use crate::units::OutOfRange;
 
 /// How a client behaves.
@@ -83,7 +83,8 @@ impl DuplexClient {
         link: Option<Link>,
         options: ClientOptions,
     ) -> Result<DuplexClient, ChannelError> {
-        let keeper = Keeper::hold(&segment, Side::Client, link)?;
+        let mut link = link;
+        let keeper = Keeper::hold(&segment, Side::Client, &mut link)?;
         Ok(DuplexClient {
             core: RefCell::new(ClientCore::new(&segment)),
             waiter: RefCell::new(Waiter::new(&segment, Side::Client, options.waiting)),
@@ -292,11 +293,20 @@ impl DuplexClient {
     }
 
     /// Waits until the server has given room back: of one-way requests, or of those
-    /// that were cancelled. True if it has.
+    /// that were cancelled. True if it has; false if the time is up, or the server is gone,
+    /// which sending then says.
     pub fn wait_for_room(&self, timeout: Duration) -> bool {
+        let waited = self.await_room(timeout);
+        if waited == Err(Ended::Gone) {
+            self.server_is_gone();
+        }
+        waited.is_ok()
+    }
+
+    fn await_room(&self, timeout: Duration) -> Result<(), Ended> {
         let mut core = self.core.borrow_mut();
         let segment = &self.segment;
-        let waited = self.waiter.borrow_mut().wait(
+        self.waiter.borrow_mut().wait(
             Semaphore::SpaceAvailable,
             u32::MAX,
             Some(timeout),
@@ -305,8 +315,7 @@ impl DuplexClient {
                 core.reap_all().then_some(())
             },
             || segment.mirror(Side::Client),
-        );
-        waited.is_ok()
+        )
     }
 
     /// The server's metadata; empty if it has set none.

@@ -7,11 +7,12 @@ use std::time::Duration;
 use super::immutable::{AnyDuplexClient, ImmutableServer, two_buffer_client};
 use super::link::{Link, hello};
 use super::named::NamedServer;
-use super::rendezvous::{ConnectError, ask, channel_socket, channels_folder, deadline_in};
+use super::rendezvous::{ConnectError, ask, channel_socket, channels_folder};
 use super::report::ServerStatus;
 use super::{ChannelError, ClientOptions, DuplexClient, ServerOptions};
 use crate::duplex::rendezvous::{Ask, ChannelName};
 use crate::duplex::{BufferConfig, OpenLimits};
+use crate::sys::process::deadline_in;
 use crate::zerobuffer;
 
 /// How long a server may take to say how it is.

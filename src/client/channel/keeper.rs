@@ -29,11 +29,12 @@ pub(super) struct Keeper {
 }
 
 impl Keeper {
-    /// Returns once the word is held.
+    /// Returns once the word is held. Takes the connection, which stays where it is on
+    /// an error.
     pub(super) fn hold(
         segment: &Segment,
         side: Side,
-        link: Option<Link>,
+        link: &mut Option<Link>,
     ) -> Result<Keeper, ChannelError> {
         let connection = match link.as_ref().and_then(Link::connection) {
             Some(connection) => Some(connection.try_clone_to_owned().map_err(|error| {
@@ -49,26 +50,19 @@ impl Keeper {
             .stack_size(64 << 10)
             .spawn(move || keep(&memory, side, connection, &bell, &held))
             .map_err(ChannelError::Thread)?;
-        let keeper = Keeper {
+        let mut keeper = Keeper {
             end,
             thread: Some(thread),
-            link,
+            link: None,
         };
         match is_held.recv() {
-            Ok(Ok(())) => Ok(keeper),
+            Ok(Ok(())) => {
+                keeper.link = link.take();
+                Ok(keeper)
+            }
             Ok(Err(error)) => Err(error.into()),
             Err(_) => Err(ChannelError::Disconnected),
         }
-    }
-
-    /// Takes the connection away; the word stays held.
-    pub(super) fn take_link(&mut self) -> Option<Link> {
-        self.link.take()
-    }
-
-    /// Gives it back, to be tried again.
-    pub(super) fn put_link(&mut self, link: Link) {
-        self.link = Some(link);
     }
 }
 
@@ -89,9 +83,9 @@ pub(super) fn go_on(
         return Err(ChannelError::Stopped);
     }
     let held = keeper.as_mut().ok_or(ChannelError::Disconnected)?;
-    let mut link = held.take_link().ok_or(ChannelError::Disconnected)?;
+    let link = held.link.as_mut().ok_or(ChannelError::Disconnected)?;
     link.hang_up();
-    let taken = match segment.wait_until_gone(Side::Server, deadline) {
+    let taken = match segment.wait_until_server_left(deadline) {
         true => {
             begin();
             let taken = link.take_over(segment, deadline);
@@ -99,12 +93,13 @@ pub(super) fn go_on(
         }
         false => Err(ChannelError::TimedOut),
     };
-    if let Err(error) = taken {
-        held.put_link(link);
-        return Err(error);
+    if segment.is_stopped(Side::Client) {
+        return Err(ChannelError::Stopped);
     }
+    taken?;
     // The new one takes the word over before the old one is dropped.
-    *keeper = Some(Keeper::hold(segment, Side::Client, Some(link))?);
+    let next = Keeper::hold(segment, Side::Client, &mut held.link)?;
+    *keeper = Some(next);
     Ok(())
 }
 

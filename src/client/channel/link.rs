@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::rendezvous::{ConnectError, ask};
 use crate::duplex::layout::LAYOUT_VERSION;
 use crate::duplex::rendezvous::{Ask, ChannelKind, ChannelName, Hello, Refusal};
-use crate::duplex::{Features, OpenLimits, Segment};
+use crate::duplex::{Features, OpenLimits, Segment, Side};
 use crate::sys::net;
 
 /// First pause before a server is looked for again; doubled up to the last.
@@ -106,7 +106,7 @@ impl Link {
                 Err(error) => error,
             };
             let left = deadline.saturating_duration_since(Instant::now());
-            if !may_pass(&error) || left.is_zero() {
+            if !may_pass(&error) || left.is_zero() || segment.is_stopped(Side::Client) {
                 return Err(error);
             }
             std::thread::sleep(pause.min(left));

@@ -26,6 +26,8 @@ mod batch;
 #[cfg(test)]
 mod batch_tests;
 mod client;
+#[cfg(test)]
+mod end_tests;
 mod factory;
 mod frame;
 mod immutable;

@@ -16,7 +16,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::acceptor::{Acceptor, Bell, HalfOpen, Host, Joined, resources};
@@ -34,7 +34,7 @@ use crate::duplex::{
 use crate::limits;
 use crate::shm::PeerTrust;
 use crate::sys::net::PeerCredentials;
-use crate::sys::process::process_id;
+use crate::sys::process::{deadline_in, process_id};
 
 /// Longest description, in bytes.
 const MAX_DESCRIPTION: usize = 64;
@@ -60,6 +60,9 @@ struct Registry {
     config: BufferConfig,
     features: Features,
     name: ChannelName,
+    /// Bytes of metadata that its memory has room for.
+    metadata_capacity: u64,
+    metadata: OnceLock<Vec<u8>>,
     description: Mutex<String>,
     served: Mutex<Clients>,
 }
@@ -85,12 +88,14 @@ impl NamedServer {
             return Err(ChannelError::Clients { clients, most });
         }
         // Impossible numbers are found before the name is taken.
-        let features = Segment::create(&config)?.geometry().features;
+        let geometry = *Segment::create(&config)?.geometry();
         let registry = Arc::new(Registry {
             server: InPlaceDuplexServer::new(options)?,
             config,
-            features,
+            features: geometry.features,
             name: name.clone(),
+            metadata_capacity: geometry.metadata_capacity(),
+            metadata: OnceLock::new(),
             description: Mutex::default(),
             served: Mutex::default(),
         });
@@ -137,6 +142,21 @@ impl NamedServer {
     /// Called for each request that failed; set it before [`NamedServer::start`].
     pub fn on_error(&self, callback: impl Fn(&HandlerFailure) + Send + Sync + 'static) {
         self.registry.server.on_error(callback);
+    }
+
+    /// Sets the metadata that each client finds from its first moment on
+    /// ([`super::DuplexClient::metadata`]), once; set it before [`NamedServer::start`].
+    /// Memory that comes from a former server keeps what that one wrote.
+    ///
+    /// # Errors
+    /// [`DuplexError::MetadataTooLong`], [`DuplexError::MetadataTwice`].
+    pub fn set_metadata(&self, bytes: &[u8]) -> Result<(), ChannelError> {
+        let (len, capacity) = (bytes.len() as u64, self.registry.metadata_capacity);
+        if len > capacity {
+            return Err(DuplexError::MetadataTooLong { len, capacity }.into());
+        }
+        let set = self.registry.metadata.set(bytes.to_vec());
+        set.map_err(|_| DuplexError::MetadataTwice.into())
     }
 
     /// What its status says that it does; cut at 64 bytes.
@@ -200,7 +220,7 @@ impl Registry {
     fn stop(&self) {
         self.server.stop();
         let patience = Duration::from_millis(limits::DRAIN_DEADLINE_MS);
-        let deadline = Instant::now() + patience + self.server.options().drain;
+        let deadline = deadline_in(patience.saturating_add(self.server.options().drain));
         let channels = std::mem::take(&mut lock(&self.served).channels);
         for channel in channels {
             while !channel.is_finished() && Instant::now() < deadline {
@@ -218,6 +238,10 @@ impl Registry {
         segment: &Segment,
         take_over: bool,
     ) -> Result<Client, Refusal> {
+        if let Some(metadata) = self.metadata.get() {
+            // It fits; what stands there already is a former server's.
+            let _ = segment.set_metadata(Side::Server, metadata);
+        }
         let handle = self.server.serve_segment(segment, take_over);
         let handle = handle.map_err(|error| match &error {
             ChannelError::Stopped | ChannelError::NotStarted => Refusal::Stopping,

@@ -15,7 +15,7 @@
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use crate::duplex::DuplexError;
 use crate::duplex::rendezvous::{
@@ -208,7 +208,7 @@ pub(super) fn ask(
     fds: &[BorrowedFd<'_>],
     deadline: Instant,
 ) -> Result<Granted, ConnectError> {
-    let connection = connect(path, name)?;
+    let connection = connect(path, name, deadline)?;
     let io = |source: SysError| match source.is_would_block() {
         true => ConnectError::TimedOut { name: name.clone() },
         false => ConnectError::Io {
@@ -295,8 +295,9 @@ fn send(
     Ok(())
 }
 
-fn connect(path: &Path, name: &ChannelName) -> Result<OwnedFd, ConnectError> {
-    net::unix_connect(path).map_err(|source| {
+fn connect(path: &Path, name: &ChannelName, deadline: Instant) -> Result<OwnedFd, ConnectError> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    net::unix_connect_within(path, left).map_err(|source| {
         let (name, path) = (name.clone(), path.to_owned());
         match source.raw_os_error() {
             Some(nix::libc::ENOENT | nix::libc::ECONNREFUSED | nix::libc::ENOTDIR) => {
@@ -363,12 +364,6 @@ impl Incoming<'_> {
         }
         Ok(())
     }
-}
-
-/// The instant `timeout` from now; far away if there is none.
-pub(super) fn deadline_in(timeout: Duration) -> Instant {
-    const FAR: Duration = Duration::from_secs(365 * 24 * 3600);
-    Instant::now() + timeout.min(FAR)
 }
 
 #[cfg(test)]

@@ -222,7 +222,7 @@ impl InPlaceDuplexServer {
             ending: AtomicBool::new(false),
             finished: AtomicBool::new(false),
             socket: Mutex::default(),
-            greeted: AtomicBool::new(false),
+            greeted: OnceLock::new(),
         });
         {
             let mut channels = lock(&service.channels);
@@ -344,8 +344,8 @@ struct Channel {
     finished: AtomicBool,
     /// Closed when nobody uses the memory any more.
     socket: Mutex<Option<OwnedFd>>,
-    /// The client's metadata was told.
-    greeted: AtomicBool,
+    /// The client's metadata was told; set when its callback has returned.
+    greeted: OnceLock<()>,
 }
 
 impl std::fmt::Debug for Channel {
@@ -656,13 +656,16 @@ impl Channel {
 
     /// Tells the client's metadata, once there is any.
     fn greet(&self, on_init: &OnInit) {
-        if self.greeted.load(Ordering::Relaxed) {
+        if self.greeted.get().is_some() {
             return;
         }
         let metadata = self.core.segment().metadata(Side::Client);
         let metadata = metadata.unwrap_or_default();
-        if !metadata.is_empty() && !self.greeted.swap(true, Ordering::Relaxed) {
-            let _ = catch_unwind(AssertUnwindSafe(|| on_init(&metadata)));
+        if !metadata.is_empty() {
+            // Other workers wait for its end with their requests.
+            self.greeted.get_or_init(|| {
+                let _ = catch_unwind(AssertUnwindSafe(|| on_init(&metadata)));
+            });
         }
     }
 

@@ -1,17 +1,17 @@
 //! The client's face for several threads.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::ChannelError;
 use super::client::failure;
 use super::keeper::{Keeper, go_on};
-use super::rendezvous::deadline_in;
 use super::wait::{Ended, Waiter};
 use crate::duplex::{
-    AcquireError, ClientCore, FrameBytes, FramePlace, Options, Poll, Presence, Segment, Semaphore,
-    Sequence, Side, Waiting,
+    AcquireError, ClientCore, FrameBytes, FramePlace, Options, Poll, Segment, Semaphore, Sequence,
+    Side, Waiting,
 };
+use crate::sys::process::deadline_in;
 
 /// A client of an in-place channel for several threads: clones are the same client.
 /// Bookkeeping is under a lock; waiting is outside of it, each thread for its own slot.
@@ -29,7 +29,16 @@ struct Inner {
     waiters: Mutex<Vec<Waiter>>,
     waiting: Waiting,
     segment: Segment,
-    keeper: Mutex<Option<Keeper>>,
+    seat: Mutex<Seat>,
+    /// Rung when the keeper is back in its seat.
+    is_back: Condvar,
+}
+
+/// Where the keeper is, unless a thread has taken it to reconnect.
+#[derive(Debug)]
+struct Seat {
+    keeper: Option<Keeper>,
+    is_taken: bool,
 }
 
 impl SharedDuplexClient {
@@ -47,7 +56,11 @@ impl SharedDuplexClient {
                 waiters: Mutex::default(),
                 waiting,
                 segment,
-                keeper: Mutex::new(keeper),
+                seat: Mutex::new(Seat {
+                    keeper,
+                    is_taken: false,
+                }),
+                is_back: Condvar::new(),
             }),
         }
     }
@@ -235,12 +248,22 @@ impl SharedDuplexClient {
     /// As [`super::DuplexClient::reconnect`].
     pub fn reconnect(&self, timeout: Duration) -> Result<(), ChannelError> {
         let deadline = deadline_in(timeout);
-        let mut keeper = lock(&self.inner.keeper);
-        let is_there = self.segment().presence(Side::Server) == Presence::Alive;
+        let mut seat = lock(&self.inner.seat);
+        while seat.is_taken {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(ChannelError::TimedOut);
+            }
+            let waited = self.inner.is_back.wait_timeout(seat, left);
+            seat = waited.unwrap_or_else(PoisonError::into_inner).0;
+        }
         // Else another thread's requests to the next server would be ended.
-        if is_there && !self.core().is_orphan() {
+        if !self.segment().has_left(Side::Server) && !self.core().is_orphan() {
             return Ok(());
         }
+        let mut keeper = seat.keeper.take();
+        seat.is_taken = true;
+        drop(seat);
         let begin = || {
             let mut core = self.core();
             core.set_taking_over(true);
@@ -252,6 +275,11 @@ impl SharedDuplexClient {
         self.core().set_taking_over(false);
         // What they have learned is of the former server.
         lock(&self.inner.waiters).clear();
+        *lock(&self.inner.seat) = Seat {
+            keeper,
+            is_taken: false,
+        };
+        self.inner.is_back.notify_all();
         taken
     }
 

@@ -15,7 +15,7 @@ pub(super) fn opened(segment: &Segment) -> Segment {
     Segment::open(fds, OpenLimits::default()).expect("open")
 }
 
-fn server(options: ServerOptions) -> InPlaceDuplexServer {
+pub(super) fn server(options: ServerOptions) -> InPlaceDuplexServer {
     let server = InPlaceDuplexServer::new(options).expect("server");
     server
         .start(|frame| {
@@ -249,7 +249,10 @@ fn metadata_is_told_once_before_requests() {
 
 /// Serves `segment` by hand in a thread that dies with its word held, once `until`
 /// was reached: the kernel sees no difference to a process that was killed.
-fn server_that_dies(segment: &Segment, handler_begun: bool) -> std::thread::JoinHandle<()> {
+pub(super) fn server_that_dies(
+    segment: &Segment,
+    handler_begun: bool,
+) -> std::thread::JoinHandle<()> {
     use crate::duplex::{Posts, ServerCore};
     use crate::sys::futex::Lifeline;
     let segment = segment.clone();

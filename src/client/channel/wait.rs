@@ -1,5 +1,6 @@
 //! Waiting for the other side: look, poll, sleep, and notice its death.
 
+use std::cell::Cell;
 use std::hint::spin_loop;
 use std::ops::ControlFlow;
 use std::sync::atomic::Ordering;
@@ -41,8 +42,8 @@ pub(super) struct Waiter {
     is_hot: bool,
     /// The CPU last published.
     cpu: u32,
-    /// Whether the other side was ever seen alive: before that it has not come.
-    seen: bool,
+    /// The generation in which the other side was last seen alive; 0 = it has not come.
+    seen: u64,
     /// Of the random delays that a test may ask for.
     seed: u64,
 }
@@ -59,7 +60,7 @@ impl Waiter {
             spinner: Spinner::new(waiting),
             is_hot: false,
             cpu: u32::MAX,
-            seen: false,
+            seen: 0,
             seed: monotonic_ns() | 1,
         }
     }
@@ -164,7 +165,12 @@ impl Waiter {
                 spin_loop();
             }
             let spent = monotonic_ns().saturating_sub(begun);
-            if spent >= given {
+            let is_late = spent >= given;
+            // Who asks by a short time again and again has to learn of it too.
+            if (is_late || longest_ns == u64::MAX) && self.is_gone() {
+                return ready(true).map(Some).ok_or(Ended::Gone);
+            }
+            if is_late {
                 return Err(Ended::TimedOut);
             }
             if spent >= longest_ns {
@@ -174,9 +180,6 @@ impl Waiter {
             let cpu = self.publish_cpu();
             if self.waiting() == Waiting::Adaptive && self.segment.cpu(self.peer) == Some(cpu) {
                 return Ok(None);
-            }
-            if longest_ns == u64::MAX && self.is_gone() {
-                return ready(true).map(Some).ok_or(Ended::Gone);
             }
         }
     }
@@ -193,20 +196,23 @@ impl Waiter {
         let segment = self.segment.clone();
         let word = segment.semaphore(semaphore);
         let half = high_half(word);
+        let (seen, own) = segment.signs();
+        let seen = Cell::new(seen);
         let mut until = None;
         let mut probing = false;
         let mut ended = Ended::TimedOut;
         let found = event::wait(
             word,
-            || ready(true),
+            || {
+                // Before the look: what is said after it changes the word.
+                seen.set(segment.signs().0);
+                ready(true)
+            },
             |sequence| {
                 let now = monotonic_ns();
                 let until = *until.get_or_insert_with(|| {
                     now.saturating_add(timeout.map_or(u64::MAX, nanoseconds))
                 });
-                if now >= until {
-                    return ControlFlow::Break(());
-                }
                 let alive = segment.lifeline_word(self.peer);
                 // SYNC(lifeline): what the peer did before it left is seen by `ready`.
                 let value = alive.load(Ordering::Acquire);
@@ -214,6 +220,9 @@ impl Waiter {
                     // The kernel woke one sleeper; each wakes the next.
                     let _ = futex::wake(alive, u32::MAX);
                     ended = Ended::Gone;
+                    return ControlFlow::Break(());
+                }
+                if now >= until {
                     return ControlFlow::Break(());
                 }
                 before_sleep();
@@ -234,7 +243,8 @@ impl Waiter {
                     return ControlFlow::Continue(());
                 }
                 let deadline = Instant::now().checked_add(Duration::from_nanos(until - now));
-                match futex::wait_any(&[(half, sequence), (alive, value)], deadline) {
+                let words = [(half, sequence), (alive, value), (own, seen.get())];
+                match futex::wait_any(&words, deadline) {
                     Ok(_) => ControlFlow::Continue(()),
                     Err(_) => ControlFlow::Break(()),
                 }
@@ -247,11 +257,14 @@ impl Waiter {
     pub(super) fn is_gone(&mut self) -> bool {
         match self.segment.presence(self.peer) {
             Presence::Alive => {
-                self.seen = true;
+                self.seen = self.segment.generation();
                 false
             }
             Presence::Died => true,
-            Presence::Absent => self.seen || self.segment.is_stopped(self.peer),
+            // A server that holds no word is not its predecessor that has gone.
+            Presence::Absent => {
+                self.seen == self.segment.generation() || self.segment.is_stopped(self.peer)
+            }
         }
     }
 }
