@@ -12,6 +12,7 @@
 //! | `killed` | a bare wait for the robust futex of the same process | <= 1.5x |
 //! | `resident` | two rings of the same size, filled | <= 0.51x |
 //! | `blur-3MB`, `large-frame`, sizes, other peers | each other | none |
+//! | with `--all`: sizes, image, large frame and deaths in the other placements, `parked-batch-*` | as above | deaths <= 1.5x |
 //!
 //! Client and server are processes of their own everywhere; each response is checked.
 //! Peers under `tools/peers` are named as not run where they are not built.
@@ -72,6 +73,14 @@ fn main() -> std::process::ExitCode {
         Group::of(resident::CASES_LARGE, resident::run_large),
         Group::of(large::CASES_IMAGE, large::run_image),
         extra(large::CASES_SIZES, large::run_sizes),
+        extra(large::CASES_SIZES_ONE_CORE, large::run_sizes_one_core),
+        extra(large::CASES_SIZES_FREE, large::run_sizes_free),
+        extra(large::CASES_IMAGE_ONE_CORE, large::run_image_one_core),
+        extra(large::CASES_IMAGE_FREE, large::run_image_free),
+        extra(resident::CASES_LARGE_ONE_CORE, resident::run_large_one_core),
+        extra(resident::CASES_LARGE_FREE, resident::run_large_free),
+        extra(small::CASES_BATCHES_ONE_CORE, small::run_batches_one_core),
+        extra(death::CASES_PINNED, death::run_pinned),
     ];
     let roles = [
         Role::of(bare::ROLE, bare::serve),

@@ -32,6 +32,7 @@ pub(crate) const ROLE: &str = "robust";
 pub(crate) const ROLE_CHANNEL: &str = "killed-server";
 
 pub(crate) const CASES: &[&str] = &["killed/free", "killed-vs-small-process/free"];
+pub(crate) const CASES_PINNED: &[&str] = &["killed/one-core", "killed/two-cores"];
 
 /// Memory of the process that is killed.
 const BALLAST: u64 = 64 * MIB;
@@ -140,37 +141,65 @@ fn call(placement: Placement, bare: bool) -> anyhow::Result<f64> {
     })
 }
 
-pub(crate) fn run(options: &Options) -> anyhow::Result<Vec<Outcome>> {
-    let mut latencies = [Latencies::new()?, Latencies::new()?, Latencies::new()?];
-    // Every variant is a process that is made for the occasion.
-    let rounds = Rounds::run(options, 3, |variant, round| {
-        let mut times = Vec::new();
-        for _ in 0..options.pick(1, 5) {
-            let ns = match variant {
-                0 => call(Placement::Free, false)?,
-                1 => call(Placement::Free, true)?,
-                _ => bare(Placement::Free)?,
-            };
-            if round > 0 {
-                latencies[variant].record(ns as u64);
+/// Times of a call, of a bare wait for its server's word, and of one for a small process.
+struct Deaths {
+    rounds: Rounds,
+    latencies: [Latencies; 3],
+}
+
+impl Deaths {
+    fn measure(options: &Options, placement: Placement) -> anyhow::Result<Deaths> {
+        let mut latencies = [Latencies::new()?, Latencies::new()?, Latencies::new()?];
+        // Every variant is a process that is made for the occasion.
+        let rounds = Rounds::run(options, 3, |variant, round| {
+            let mut times = Vec::new();
+            for _ in 0..options.pick(1, 5) {
+                let ns = match variant {
+                    0 => call(placement, false)?,
+                    1 => call(placement, true)?,
+                    _ => bare(placement)?,
+                };
+                if round > 0 {
+                    latencies[variant].record(ns as u64);
+                }
+                times.push(ns);
             }
-            times.push(ns);
-        }
-        Ok(median(&times))
-    })?;
-    let [calls, bares, small] = &latencies;
-    let case = |at: usize, baseline, of, latencies| {
+            Ok(median(&times))
+        })?;
+        Ok(Deaths { rounds, latencies })
+    }
+
+    fn case(&self, case: &'static str, baseline: &'static str, of: usize) -> Outcome {
+        let [calls, ..] = &self.latencies;
         Outcome::times(
-            CASES[at],
+            case,
             "us",
-            rounds.of(0) / 1e3,
-            (baseline, rounds.of(of) / 1e3),
+            self.rounds.of(0) / 1e3,
+            (baseline, self.rounds.of(of) / 1e3),
         )
         .latency("channel", calls)
-        .latency("bare", latencies)
-    };
+        .latency("bare", &self.latencies[of])
+    }
+}
+
+const SAME: &str = "bare robust futex, same process";
+
+pub(crate) fn run(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    let deaths = Deaths::measure(options, Placement::Free)?;
     Ok(vec![
-        case(0, "bare robust futex, same process", 1, bares).goal(Goal::AtMost(1.5)),
-        case(1, "bare robust futex, small process", 2, small),
+        deaths.case(CASES[0], SAME, 1).goal(Goal::AtMost(1.5)),
+        deaths.case(CASES[1], "bare robust futex, small process", 2),
     ])
+}
+
+/// The same with each process on a core of its own, and both on one.
+pub(crate) fn run_pinned(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    let placements = [Placement::OneCore, Placement::TwoCores];
+    let cases = CASES_PINNED.iter().zip(placements);
+    cases
+        .map(|(case, placement)| {
+            let deaths = Deaths::measure(options, placement)?;
+            Ok(deaths.case(case, SAME, 1).goal(Goal::AtMost(1.5)))
+        })
+        .collect()
 }

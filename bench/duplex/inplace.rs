@@ -261,8 +261,13 @@ enum Form {
 }
 
 impl Batches {
-    fn start(placement: Placement, size: u64, form: Form) -> anyhow::Result<Box<dyn Variant>> {
-        let pair = Pair::start(placement, Waiting::Spin, MIB, Job::new(8, Touch::One))?;
+    fn start(
+        placement: Placement,
+        waiting: Waiting,
+        size: u64,
+        form: Form,
+    ) -> anyhow::Result<Box<dyn Variant>> {
+        let pair = Pair::start(placement, waiting, MIB, Job::new(8, Touch::One))?;
         Ok(Box::new(Self {
             pair,
             size,
@@ -347,14 +352,22 @@ impl Variant for Batches {
     }
 }
 
-/// Frames of `size` requests, at most [`MOST_ITEMS`], with a server that spins.
-pub(crate) fn frames(placement: Placement, size: u64) -> anyhow::Result<Box<dyn Variant>> {
+/// Frames of `size` requests, at most [`MOST_ITEMS`].
+pub(crate) fn frames(
+    placement: Placement,
+    waiting: Waiting,
+    size: u64,
+) -> anyhow::Result<Box<dyn Variant>> {
     ensure!(size as usize <= MOST_ITEMS, "{size} requests in a frame");
     let words = vec![[0; 8]; size as usize];
-    Batches::start(placement, size, Form::Frame(words))
+    Batches::start(placement, waiting, size, Form::Frame(words))
 }
 
-/// Batches of `size` requests, with a server that spins.
-pub(crate) fn batches(placement: Placement, size: u64) -> anyhow::Result<Box<dyn Variant>> {
-    Batches::start(placement, size, Form::Slots(Vec::new()))
+/// Batches of `size` requests in slots of their own.
+pub(crate) fn batches(
+    placement: Placement,
+    waiting: Waiting,
+    size: u64,
+) -> anyhow::Result<Box<dyn Variant>> {
+    Batches::start(placement, waiting, size, Form::Slots(Vec::new()))
 }

@@ -121,10 +121,37 @@ pub(crate) const CASES_IMAGE: &[&str] = &[
     "blur-3MB-vs-unix/two-cores",
     "blur-3MB-vs-two-buffers/two-cores",
 ];
+pub(crate) const CASES_IMAGE_ONE_CORE: &[&str] = &[
+    "blur-3MB/one-core",
+    "blur-3MB-vs-iceoryx2/one-core",
+    "blur-3MB-vs-unix/one-core",
+    "blur-3MB-vs-two-buffers/one-core",
+];
+pub(crate) const CASES_IMAGE_FREE: &[&str] = &[
+    "blur-3MB/free",
+    "blur-3MB-vs-iceoryx2/free",
+    "blur-3MB-vs-unix/free",
+    "blur-3MB-vs-two-buffers/free",
+];
+
+pub(crate) fn run_image(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    image(options, Placement::TwoCores, CASES_IMAGE)
+}
+
+pub(crate) fn run_image_one_core(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    image(options, Placement::OneCore, CASES_IMAGE_ONE_CORE)
+}
+
+pub(crate) fn run_image_free(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    image(options, Placement::Free, CASES_IMAGE_FREE)
+}
 
 /// An RGB image of 1024 x 1024, blurred.
-pub(crate) fn run_image(options: &Options) -> anyhow::Result<Vec<Outcome>> {
-    let placement = Placement::TwoCores;
+fn image(
+    options: &Options,
+    placement: Placement,
+    cases: &[&'static str],
+) -> anyhow::Result<Vec<Outcome>> {
     let job = Job::new((3 * WIDTH * WIDTH) as u64, Touch::Blur);
     let turn = Turn::of(0, 10);
     let mut contest = Contest::new(options, placement);
@@ -132,22 +159,32 @@ pub(crate) fn run_image(options: &Options) -> anyhow::Result<Vec<Outcome>> {
     let alone = contest.enter("the computation alone", Ok(alone), turn)?;
     let ours = inplace::variant(placement, Waiting::Adaptive, RING, job)?;
     let ours = contest.enter("channel, default", Ok(ours), turn)?;
-    let busy = peers::iceoryx(placement, job.len, job.touch, peers::Wait::Busy)?;
-    let busy = contest.enter("iceoryx2, polling", busy, turn)?;
+    let (name, wait) = iceoryx_for(placement);
+    let iceoryx = peers::iceoryx(placement, job.len, job.touch, wait)?;
+    let iceoryx = contest.enter(name, iceoryx, turn)?;
     let unix = bare::unix(placement, job.len, job.touch)?;
     let unix = contest.enter("Unix socket", Ok(unix), turn)?;
     let two = two_buffers::variant(placement, Wait::Adaptive, RING, job)?;
     let two = contest.enter("two buffers, default", Ok(two), turn)?;
     let results = contest.run()?;
-    let theirs = [alone, busy, unix, two];
-    Ok(CASES_IMAGE
+    let theirs = [alone, iceoryx, unix, two];
+    Ok(cases
         .iter()
         .zip(theirs)
         .map(|(case, theirs)| results.against(case, ours, theirs, None))
         .collect())
 }
 
-/// Sizes and touches without a goal.
+/// Polling is of use only where each side has a core of its own.
+fn iceoryx_for(placement: Placement) -> (&'static str, peers::Wait) {
+    match placement {
+        Placement::TwoCores => ("iceoryx2, polling", peers::Wait::Busy),
+        Placement::OneCore | Placement::Free => ("iceoryx2, events", peers::Wait::Event),
+    }
+}
+
+/// Sizes and touches without a goal: where both sides poll, where both sleep, and by
+/// default wherever the kernel puts them.
 pub(crate) const CASES_SIZES: &[&str] = &[
     "hot-4KiB-nothing/two-cores",
     "hot-4KiB-lines/two-cores",
@@ -158,31 +195,80 @@ pub(crate) const CASES_SIZES: &[&str] = &[
     "hot-1MiB-nothing/two-cores",
     "hot-1MiB-lines/two-cores",
 ];
+pub(crate) const CASES_SIZES_ONE_CORE: &[&str] = &[
+    "parked-4KiB-nothing/one-core",
+    "parked-4KiB-lines/one-core",
+    "parked-4KiB-bytes/one-core",
+    "parked-64KiB-nothing/one-core",
+    "parked-64KiB-lines/one-core",
+    "parked-64KiB-bytes/one-core",
+    "parked-1MiB-nothing/one-core",
+    "parked-1MiB-lines/one-core",
+];
+pub(crate) const CASES_SIZES_FREE: &[&str] = &[
+    "default-4KiB-nothing/free",
+    "default-4KiB-lines/free",
+    "default-4KiB-bytes/free",
+    "default-64KiB-nothing/free",
+    "default-64KiB-lines/free",
+    "default-64KiB-bytes/free",
+    "default-1MiB-nothing/free",
+    "default-1MiB-lines/free",
+    "default-1MiB-bytes/free",
+];
 
 pub(crate) fn run_sizes(options: &Options) -> anyhow::Result<Vec<Outcome>> {
-    let placement = Placement::TwoCores;
+    let waits = (Waiting::Spin, Wait::Spin);
+    let names = ("channel, polling", "two buffers, polling");
+    sizes(options, Placement::TwoCores, CASES_SIZES, waits, names)
+}
+
+pub(crate) fn run_sizes_one_core(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    let waits = (Waiting::Park, Wait::Park);
+    let names = ("channel, parking", "two buffers, parking");
+    sizes(options, Placement::OneCore, CASES_SIZES_ONE_CORE, waits, names)
+}
+
+pub(crate) fn run_sizes_free(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    let waits = (Waiting::Adaptive, Wait::Adaptive);
+    let names = ("channel, default", "two buffers, default");
+    sizes(options, Placement::Free, CASES_SIZES_FREE, waits, names)
+}
+
+fn sizes(
+    options: &Options,
+    placement: Placement,
+    cases: &[&'static str],
+    (waiting, two_wait): (Waiting, Wait),
+    (our_name, two_name): (&'static str, &'static str),
+) -> anyhow::Result<Vec<Outcome>> {
     let sizes = [4 * KIB, 64 * KIB, MIB];
     let touches = [Touch::Nothing, Touch::Lines, Touch::Bytes];
     let jobs = sizes
         .iter()
         .flat_map(|size| touches.iter().map(|touch| Job::new(*size, *touch)));
     let mut outcomes = Vec::new();
-    for (case, job) in CASES_SIZES.iter().zip(jobs) {
+    for (case, job) in cases.iter().zip(jobs) {
         let turn = Turn::of(0, if job.len == MIB { 60 } else { 600 });
         let mut contest = Contest::new(options, placement);
-        let ours = inplace::variant(placement, Waiting::Spin, RING, job)?;
-        let ours = contest.enter("channel, polling", Ok(ours), turn)?;
-        let busy = peers::iceoryx(placement, job.len, job.touch, peers::Wait::Busy)?;
-        let busy = contest.enter("iceoryx2, polling", busy, turn)?;
+        let ours = inplace::variant(placement, waiting, RING, job)?;
+        let ours = contest.enter(our_name, Ok(ours), turn)?;
+        let (name, wait) = iceoryx_for(placement);
+        let iceoryx = peers::iceoryx(placement, job.len, job.touch, wait)?;
+        let iceoryx = contest.enter(name, iceoryx, turn)?;
         let unix = bare::unix(placement, job.len, job.touch)?;
         let unix = contest.enter("Unix socket", Ok(unix), turn)?;
-        let two = two_buffers::variant(placement, Wait::Spin, RING, job)?;
-        let two = contest.enter("two buffers, polling", Ok(two), turn)?;
+        let two = two_buffers::variant(placement, two_wait, RING, job)?;
+        let two = contest.enter(two_name, Ok(two), turn)?;
         let results = contest.run()?;
-        let mut outcome = results.against(case, ours, busy, None);
-        for (name, key) in [("Unix socket", unix), ("two buffers, polling", two)] {
+        let has_iceoryx = results.ns(iceoryx).is_finite();
+        let theirs = if has_iceoryx { iceoryx } else { unix };
+        let mut outcome = results.against(case, ours, theirs, None);
+        for (name, key) in [(name, iceoryx), ("Unix socket", unix), (two_name, two)] {
             let us = results.ns(key) / 1e3;
-            outcome = outcome.note(format!("{name}: {us:.2} us"));
+            if us.is_finite() {
+                outcome = outcome.note(format!("{name}: {us:.2} us"));
+            }
         }
         outcomes.push(outcome);
     }

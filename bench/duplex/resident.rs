@@ -90,12 +90,30 @@ pub(crate) fn run(_options: &Options) -> anyhow::Result<Vec<Outcome>> {
 }
 
 pub(crate) const CASES_LARGE: &[&str] = &["large-frame/two-cores"];
+pub(crate) const CASES_LARGE_ONE_CORE: &[&str] = &["large-frame/one-core"];
+pub(crate) const CASES_LARGE_FREE: &[&str] = &["large-frame/free"];
+
+pub(crate) fn run_large(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    large(options, Placement::TwoCores, CASES_LARGE[0])
+}
+
+pub(crate) fn run_large_one_core(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    large(options, Placement::OneCore, CASES_LARGE_ONE_CORE[0])
+}
+
+pub(crate) fn run_large_free(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    large(options, Placement::Free, CASES_LARGE_FREE[0])
+}
 
 /// A payload of 100 MiB and one frame that takes nearly all of it.
-pub(crate) fn run_large(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+fn large(
+    options: &Options,
+    placement: Placement,
+    case: &'static str,
+) -> anyhow::Result<Vec<Outcome>> {
     let payload = options.pick(20 * MIB, 100 * MIB);
     let job = Job::new(payload - 64 * KIB, Touch::Bytes);
-    let pair = Pair::start(Placement::TwoCores, Waiting::Adaptive, payload, job)?;
+    let pair = Pair::start(placement, Waiting::Adaptive, payload, job)?;
     let mut words = vec![0u64; job.len as usize / 8];
     let (mut calls, mut alone) = (Vec::new(), Vec::new());
     let mut latencies = Latencies::new()?;
@@ -119,7 +137,7 @@ pub(crate) fn run_large(options: &Options) -> anyhow::Result<Vec<Outcome>> {
         }
     }
     let baseline = ("the computation alone", median(&alone));
-    let outcome = Outcome::times(CASES_LARGE[0], "ms", median(&calls), baseline);
+    let outcome = Outcome::times(case, "ms", median(&calls), baseline);
     Ok(vec![outcome.latency("channel, default", &latencies).note(
         format!("a frame of {} bytes in {payload}", job.len),
     )])

@@ -188,11 +188,11 @@ pub(crate) fn run_hot(options: &Options) -> anyhow::Result<Vec<Outcome>> {
     let two = contest.enter("two buffers, polling", Ok(two), POLLING_OTHERS)?;
     let mut batches = Vec::new();
     for (name, size) in [("frame of 1", 1), ("frame of 8", 8), ("frame of 64", 64)] {
-        let variant = Ok(inplace::frames(placement, size)?);
+        let variant = Ok(inplace::frames(placement, spin, size)?);
         batches.push(contest.enter(name, variant, Turn::of(64_000, 0))?);
     }
     for (name, size) in [("8 slots, one kick", 8), ("64 slots, one kick", 64)] {
-        let variant = Ok(inplace::batches(placement, size)?);
+        let variant = Ok(inplace::batches(placement, spin, size)?);
         batches.push(contest.enter(name, variant, Turn::of(64_000, 0))?);
     }
     let results = contest.run()?;
@@ -215,4 +215,31 @@ pub(crate) fn run_hot(options: &Options) -> anyhow::Result<Vec<Outcome>> {
         case(11, batches[3], line, None),
         case(12, batches[4], line, None),
     ])
+}
+
+pub(crate) const CASES_BATCHES_ONE_CORE: &[&str] = &[
+    "parked-batch-1/one-core",
+    "parked-batch-8/one-core",
+    "parked-batch-64/one-core",
+    "parked-batch-64-of-slots/one-core",
+];
+
+/// Batches where both sides sleep, per request against a futex ping-pong.
+pub(crate) fn run_batches_one_core(options: &Options) -> anyhow::Result<Vec<Outcome>> {
+    let placement = Placement::OneCore;
+    let mut contest = Contest::new(options, placement);
+    let futex = contest.enter("futex ping-pong", Ok(bare::futex(placement)?), SLEEPING)?;
+    let mut batches = Vec::new();
+    for (name, size) in [("frame of 1", 1), ("frame of 8", 8), ("frame of 64", 64)] {
+        let variant = inplace::frames(placement, Waiting::Park, size)?;
+        batches.push(contest.enter(name, Ok(variant), Turn::of(1_000 * size, 0))?);
+    }
+    let variant = inplace::batches(placement, Waiting::Park, 64)?;
+    batches.push(contest.enter("64 slots, one kick", Ok(variant), Turn::of(64_000, 0))?);
+    let results = contest.run()?;
+    Ok(CASES_BATCHES_ONE_CORE
+        .iter()
+        .zip(batches)
+        .map(|(case, ours)| results.against(case, ours, futex, None))
+        .collect())
 }
