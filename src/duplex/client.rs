@@ -310,17 +310,20 @@ impl ClientCore {
         self.poll_ring()
     }
 
-    /// The next that was finished when the server was found dead, unless it was received
-    /// by its number since.
+    /// The next that was finished when the server was found dead.
     #[cold]
     fn next_finished(&mut self) -> Option<Sequence> {
-        while let Some(sequence) = self.finished.pop_front() {
-            let record = &self.records[(sequence & self.mask) as usize];
-            if record.sequence == sequence && matches!(record.phase, Phase::Done(_)) {
-                return Some(sequence);
-            }
-        }
-        None
+        self.forget_told();
+        self.finished.pop_front()
+    }
+
+    /// Forgets of those what was received by its number.
+    pub(super) fn forget_told(&mut self) {
+        let (records, mask) = (&self.records, self.mask);
+        self.finished.retain(|sequence| {
+            let record = &records[(sequence & mask) as usize];
+            record.sequence == *sequence && matches!(record.phase, Phase::Done(_))
+        });
     }
 
     fn poll_ring(&mut self) -> Option<Sequence> {

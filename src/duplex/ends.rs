@@ -65,7 +65,8 @@ impl ClientCore {
 
     /// Between [`ClientCore::server_died`] and a new server's having the memory: with
     /// `true` nothing can be sent until it is said with `false`. A new server raises the
-    /// generation before it has read where to begin.
+    /// generation before it has read where to begin; one that was asked in vain may do so
+    /// at any time later.
     pub fn set_taking_over(&mut self, taking_over: bool) {
         self.taking_over = taking_over;
     }
@@ -75,9 +76,10 @@ impl ClientCore {
         self.taking_over
     }
 
-    /// Whether what was in flight was ended, and no new server has come since.
+    /// Whether what was in flight was ended, and no new server has come since, or it is not
+    /// said yet that it has.
     pub fn is_orphan(&self) -> bool {
-        self.orphan_of != 0 && self.segment.generation() == self.orphan_of
+        self.taking_over || self.orphan_of != 0 && self.segment.generation() == self.orphan_of
     }
 
     /// The server died: every request in flight ends as cancelled. Answers each one's
@@ -90,6 +92,7 @@ impl ClientCore {
         let counters = &self.lines.line(line::SERVER_COUNTERS).0;
         let serving = counters[server_counter::SERVING].load(Ordering::Acquire);
         let mut lost = Vec::new();
+        self.forget_told();
         for index in 0..self.records.len() {
             let record = self.records[index];
             // SYNC(serving): as above, of a server with several workers.

@@ -237,6 +237,12 @@ pub enum Refusal {
     /// The channel is of a kind that has no memory to hand out over a socket.
     #[error("the channel under this name is not an in-place one")]
     Kind,
+    /// The memory that was handed over has a server, or had one since the hello was made.
+    #[error("the memory of the earlier channel has a server, or is of generation {generation} now")]
+    Served {
+        /// Generation of the memory.
+        generation: u64,
+    },
 }
 
 impl Refusal {
@@ -252,6 +258,7 @@ impl Refusal {
             Refusal::Memory => (7, 0, 0),
             Refusal::Stopping => (8, 0, 0),
             Refusal::Kind => (9, 0, 0),
+            Refusal::Served { generation } => (10, generation, 0),
         }
     }
 
@@ -278,6 +285,7 @@ impl Refusal {
             7 => Refusal::Memory,
             8 => Refusal::Stopping,
             9 => Refusal::Kind,
+            10 => Refusal::Served { generation: a },
             other => return Err(field("code", other.into())),
         };
         if refusal.parts() != (code, a, b) {
@@ -467,7 +475,7 @@ mod tests {
         fds: 1,
         body_bytes: 0,
     };
-    const REFUSALS: [Refusal; 9] = [
+    const REFUSALS: [Refusal; 10] = [
         Refusal::Malformed,
         Refusal::Version { min: 1, max: 2 },
         Refusal::Features { missing: 8 },
@@ -480,6 +488,7 @@ mod tests {
         Refusal::Memory,
         Refusal::Stopping,
         Refusal::Kind,
+        Refusal::Served { generation: 3 },
     ];
 
     #[test]

@@ -324,9 +324,9 @@ impl Segment {
         }
         let raised = |found: u64| Some(found.wrapping_add(1).max(1));
         // The closure always answers something.
-        let found = self
-            .generation_word()
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, raised);
+        let found =
+            self.generation_word()
+                .fetch_update(Ordering::AcqRel, Ordering::Acquire, raised);
         found.map_or(1, |found| found.wrapping_add(1).max(1))
     }
 

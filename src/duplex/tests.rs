@@ -266,6 +266,70 @@ fn what_was_received_by_its_number_is_not_told_again() {
     assert_eq!(client.poll_any(true), Some(second));
     assert!(client.release(second));
     assert_eq!(client.poll_any(true), None);
+    // What nobody asks for by any number does not add up either.
+    for _ in 0..100 {
+        let server = ServerCore::take_over(client.segment(), 1);
+        let sent = client.submit(b"x", Options::default()).expect("room");
+        client.kick();
+        serve(&server);
+        assert!(client.server_died().is_empty());
+        assert!(client.release(sent));
+    }
+    assert!(client.finished.len() <= 1);
+}
+
+/// Kind and length in the header of the block at `unit`.
+fn header_at(segment: &Segment, unit: u64) -> (u64, u64) {
+    let words = segment.payload().words(64 * unit, 2).expect("a header");
+    let word = |at: usize| words[at].load(std::sync::atomic::Ordering::Relaxed);
+    (word(0), word(1) / 64)
+}
+
+/// Three frames: of every length, behind it a short one that is held, and one of every
+/// length that finds its place behind that, at the beginning, or nowhere.
+#[test]
+fn a_channel_wraps_at_every_offset() {
+    use super::layout::block::{FRAME, WRAP};
+    const UNITS: u64 = 64;
+    let (mut client, server) = sides(64 * UNITS);
+    let send = |client: &mut ClientCore, fill: u8, units: u64| {
+        let data = vec![fill; 64 * (units as usize - 1)];
+        let sent = client.submit(&data, Options::default())?;
+        client.kick();
+        serve(&server);
+        assert_eq!(client.poll(sent), Poll::Response);
+        Ok::<_, AcquireError>(sent)
+    };
+    for first in 3..UNITS - 3 {
+        let tail = first + 3;
+        for third in 3..=UNITS {
+            let a = send(&mut client, 1, first).expect("all is free");
+            let b = send(&mut client, 10, 3).expect("it fits behind");
+            assert!(client.release(a));
+            let placed = match third {
+                _ if third <= UNITS - tail => Some(tail),
+                _ => (third <= first).then_some(0),
+            };
+            match (send(&mut client, 20, third), placed) {
+                (Ok(c), Some(at)) => {
+                    let segment = client.segment();
+                    assert_eq!(header_at(segment, at), (FRAME.into(), third));
+                    if at == 0 && tail < UNITS {
+                        let marker = (WRAP.into(), UNITS - tail);
+                        assert_eq!(header_at(segment, tail), marker, "{first} {third}");
+                    }
+                    for (sequence, byte) in [(b, 11), (c, 21)] {
+                        let bytes = client.response(sequence).expect("held").to_vec();
+                        assert!(bytes.iter().all(|found| *found == byte), "{first} {third}");
+                    }
+                    assert!(client.release(c));
+                }
+                (Err(AcquireError::Full), None) => {}
+                (found, expected) => panic!("{first} {third}: {found:?}, {expected:?}"),
+            }
+            assert!(client.release(b));
+        }
+    }
 }
 
 /// What a test does to a channel in one step.

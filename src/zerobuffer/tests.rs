@@ -130,9 +130,14 @@ fn frames_and_metadata_arrive() {
 fn waits_without_an_end_are_waits() {
     let (_, mut reader, mut writer) = pair(4096, Wait::Adaptive);
     writer.write(b"one", Duration::MAX).expect("room");
-    assert_eq!(reader.read(Duration::MAX).expect("a frame").to_vec(), b"one");
+    assert_eq!(
+        reader.read(Duration::MAX).expect("a frame").to_vec(),
+        b"one"
+    );
     assert!(reader.wait_writer(Duration::MAX).expect("it is there"));
-    let held = writer.write(&[7; 4000], Duration::MAX).and_then(|_| reader.read(Duration::MAX));
+    let held = writer
+        .write(&[7; 4000], Duration::MAX)
+        .and_then(|_| reader.read(Duration::MAX));
     let held = held.expect("a frame");
     std::thread::scope(|scope| {
         let waiting = scope.spawn(|| writer.write(&[8; 4000], Duration::MAX));

@@ -138,7 +138,9 @@ fn a_server_stopped_at_a_cancelled_request_gives_its_room_back_later() {
     let mut slow = request(ask::SLEEP, 5000);
     slow[1] = 200;
     let first = client.send_request(&slow).expect("sent");
-    let second = client.send_request(&request(ask::UPPER, 5000)).expect("sent");
+    let second = client
+        .send_request(&request(ask::UPPER, 5000))
+        .expect("sent");
     segment.arm_failpoint(Some(Failpoint::ServerCancelled));
     assert!(client.cancel(second), "the server sleeps");
     await_that("the server at the failpoint", || {
@@ -146,10 +148,15 @@ fn a_server_stopped_at_a_cancelled_request_gives_its_room_back_later() {
     });
     server.stop();
     segment.arm_failpoint(None);
-    let answer = client.receive_for(first, PATIENCE).expect("it was answered");
+    let answer = client
+        .receive_for(first, PATIENCE)
+        .expect("it was answered");
     assert_eq!(answer.len(), 5000);
     drop(answer);
-    assert!(!client.wait_for_room(Duration::from_millis(50)), "it stands");
+    assert!(
+        !client.wait_for_room(Duration::from_millis(50)),
+        "it stands"
+    );
     server.signal(Signal::SIGCONT);
     assert!(client.wait_for_room(PATIENCE), "it goes on");
     works(&client, 5000);

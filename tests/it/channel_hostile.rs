@@ -116,7 +116,8 @@ fn hostile_clients_change_nothing() {
         assert_eq!(answer, Some(Answer::Refused(Refusal::Memory)));
     }
     let answer = answer_to(&socket, &take_over(77).encode(), &[channel_memory()]);
-    assert_eq!(answer, Some(Answer::Refused(Refusal::Memory)));
+    let served = Refusal::Served { generation: 1 };
+    assert_eq!(answer, Some(Answer::Refused(served)));
     // A client that talks after its attach has ended its channel.
     let stream = UnixStream::connect(&socket).expect("a server");
     stream.set_read_timeout(Some(PATIENCE)).expect("a timeout");

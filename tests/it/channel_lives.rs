@@ -1,27 +1,24 @@
 //! One client's channel over the lives of several servers: servers that hold no liveness
-//! word, threads that reconnect at the same time, want of descriptors in the middle, and
-//! many threads that go on through kills and stops.
+//! word, threads that reconnect at the same time, want of descriptors in the middle.
 
 use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use uffd_sync::client::channel::{ChannelError, ConnectError, SharedDuplexClient};
+use uffd_sync::client::channel::{ChannelError, ConnectError};
 use uffd_sync::duplex::layout::LAYOUT_VERSION;
 use uffd_sync::duplex::rendezvous::{Answer, ChannelKind, MESSAGE_BYTES, Welcome};
-use uffd_sync::duplex::{
-    BufferConfig, ItemError, Posts, Presence, Segment, Semaphore, ServerCore, Side,
-};
+use uffd_sync::duplex::{BufferConfig, Posts, Presence, Segment, Semaphore, ServerCore, Side};
 use uffd_sync::sys::net;
 
-use super::channel_peer::{Order, Peer, Report, ask, call, connect, join, kind_of, request};
+use super::channel_peer::{Order, Peer, Report, ask, call, connect, join, request};
 use super::channels::socket_of;
-use super::nodes::{PATIENCE, await_that, folder, long};
+use super::nodes::{PATIENCE, await_that, folder};
 
 /// Longest time in which something is known that takes a millisecond.
 const SOON: Duration = Duration::from_secs(2);
@@ -113,9 +110,13 @@ fn a_server_that_holds_no_word_is_there_until_it_hangs_up() {
     let asked = request(ask::UPPER, 5000);
     let sent = client.send_request(&asked, PATIENCE).expect("room");
     // Another thread that comes too late does not take the memory from it.
-    client.reconnect(Duration::from_millis(50)).expect("it is there");
+    client
+        .reconnect(Duration::from_millis(50))
+        .expect("it is there");
     assert_eq!(client.segment().generation(), 1);
-    let late = client.receive_for(sent, Duration::from_millis(50)).map(drop);
+    let late = client
+        .receive_for(sent, Duration::from_millis(50))
+        .map(drop);
     assert!(matches!(late, Err(ChannelError::TimedOut)), "{late:?}");
     server.let_answer();
     let answer = client.receive_for(sent, PATIENCE).expect("an answer");
@@ -124,9 +125,12 @@ fn a_server_that_holds_no_word_is_there_until_it_hangs_up() {
 
     let sent = client.send_request(&asked, PATIENCE).expect("room");
     let waiting = std::thread::scope(|scope| {
-        let waiting = scope.spawn(|| (client.receive_for(sent, PATIENCE).map(drop), Instant::now()));
+        let waiting =
+            scope.spawn(|| (client.receive_for(sent, PATIENCE).map(drop), Instant::now()));
         let word = segment.semaphore(Semaphore::ResponseReady);
-        await_that("a sleeping client", || word.load(Ordering::Relaxed) as u32 != 0);
+        await_that("a sleeping client", || {
+            word.load(Ordering::Relaxed) as u32 != 0
+        });
         let ended = Instant::now();
         server.end();
         let (outcome, at) = waiting.join().expect("the caller");
@@ -177,6 +181,33 @@ fn threads_that_reconnect_keep_their_own_deadlines_and_end_at_a_stop() {
     });
 }
 
+/// A server that is asked in vain finds the hello when it goes on, and takes the memory:
+/// nothing may be sent before both agree on where to begin.
+#[test]
+fn a_server_that_takes_over_late_is_sent_nothing_before_it_was_asked_again() {
+    let folder = folder();
+    let first = Peer::server(folder.path(), "a", false);
+    let mut client = join(folder.path(), "a").expect("a client");
+    first.kill();
+    let next = Peer::server(folder.path(), "a", false);
+    next.stop();
+    let late = client.reconnect(Duration::from_millis(100));
+    let is_late = matches!(
+        late,
+        Err(ChannelError::Connect(ConnectError::TimedOut { .. }))
+    );
+    assert!(is_late, "{late:?}");
+    next.signal(Signal::SIGCONT);
+    await_that("the hello found", || client.segment().generation() > 1);
+    for _ in 0..100 {
+        let sent = client.send_request(&request(ask::UPPER, 16));
+        assert!(matches!(sent, Err(ChannelError::Disconnected)), "{sent:?}");
+    }
+    client.reconnect(PATIENCE).expect("it is there");
+    let served = call(&client, &request(ask::UPPER, 16), 10_000);
+    assert_eq!(served.kind(), "response", "{served:?}");
+}
+
 #[test]
 fn a_reconnect_that_lacks_descriptors_may_be_tried_again() {
     let folder = folder();
@@ -211,7 +242,9 @@ fn a_reconnect_that_lacks_descriptors_may_be_tried_again() {
 fn the_metadata_of_a_server_is_there_from_the_first_moment() {
     let folder = folder();
     let server = super::channel_peer::serve(folder.path(), "a", 2, 1, false).expect("a server");
-    let long = server.set_metadata(&[7; 57]).expect_err("64 with their length");
+    let long = server
+        .set_metadata(&[7; 57])
+        .expect_err("64 with their length");
     let text = long.to_string();
     assert!(text.contains("57") && text.contains("56"), "{text}");
     server.set_metadata(b"server").expect("it fits");
@@ -224,152 +257,6 @@ fn the_metadata_of_a_server_is_there_from_the_first_moment() {
             (oieb.metadata_written_bytes, oieb.metadata_free_bytes),
             (8 + 6, 64 - 14)
         );
-    }
-}
-
-/// What each request of the storm ended as.
-#[derive(Default)]
-struct Counts {
-    answered: AtomicU64,
-    died: AtomicU64,
-    refused: AtomicU64,
-}
-
-/// Threads of one client send everything there is while their server is killed, stopped
-/// for a while, or ends in order, again and again.
-#[test]
-fn threads_go_on_through_kills_and_stops() {
-    let folder = folder();
-    let lives = if long() { 60 } else { 8 };
-    let serve = || {
-        let mut server = Peer::start();
-        server.carry_out(&Order::Serve {
-            folder: folder.path().to_owned(),
-            name: "a".to_owned(),
-            clients: 1,
-            workers: 3,
-            failpoints: false,
-        });
-        server
-    };
-    let mut server = serve();
-    let client = join(folder.path(), "a").expect("a client").into_shared();
-    let (counts, is_over) = (Counts::default(), AtomicBool::new(false));
-    let server = std::thread::scope(|scope| {
-        for thread in 0..4u64 {
-            let (client, counts, is_over) = (client.clone(), &counts, &is_over);
-            scope.spawn(move || storm(&client, thread, counts, is_over));
-        }
-        let over = scopeguard(&is_over);
-        for life in 0..lives {
-            let before = counts.answered.load(Ordering::Relaxed);
-            await_that("answers in this life", || {
-                counts.answered.load(Ordering::Relaxed) > before + 300
-            });
-            match life % 3 {
-                0 => server.kill(),
-                1 => {
-                    server.stop();
-                    server.signal(Signal::SIGCONT);
-                    drop(server);
-                }
-                // Its standard input ends, and with that the program, in order.
-                _ => server.leave(),
-            }
-            server = serve();
-        }
-        let before = counts.answered.load(Ordering::Relaxed);
-        await_that("answers in the last life", || {
-            counts.answered.load(Ordering::Relaxed) > before + 300
-        });
-        drop(over);
-        server
-    });
-    drop(server);
-    assert!(client.segment().generation() > lives);
-    let died = counts.died.load(Ordering::Relaxed);
-    let refused = counts.refused.load(Ordering::Relaxed);
-    assert!(died + refused > 0, "nobody noticed anything");
-}
-
-/// Ends the storm when the test ends, however it ends.
-fn scopeguard(is_over: &AtomicBool) -> impl Drop + '_ {
-    struct Over<'a>(&'a AtomicBool);
-    impl Drop for Over<'_> {
-        fn drop(&mut self) {
-            self.0.store(true, Ordering::Relaxed);
-        }
-    }
-    Over(is_over)
-}
-
-fn storm(client: &SharedDuplexClient, thread: u64, counts: &Counts, is_over: &AtomicBool) {
-    let mut number = thread;
-    while !is_over.load(Ordering::Relaxed) {
-        number = number.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        let outcome = one_of_all(client, number >> 33);
-        let counter = match &outcome {
-            Ok(()) => &counts.answered,
-            Err(ChannelError::PeerDied { .. }) => &counts.died,
-            Err(_) => &counts.refused,
-        };
-        counter.fetch_add(1, Ordering::Relaxed);
-        let Err(error) = outcome else { continue };
-        let expected = matches!(
-            error,
-            ChannelError::PeerDied { .. }
-                | ChannelError::Disconnected
-                | ChannelError::Stopped
-                | ChannelError::TimedOut
-        );
-        assert!(expected, "{}: {error:?}", kind_of(&error));
-        match client.reconnect(Duration::from_millis(200)) {
-            Ok(())
-            | Err(ChannelError::TimedOut | ChannelError::Connect(_) | ChannelError::Stopped) => {}
-            Err(error) => panic!("{error:?}"),
-        }
-    }
-}
-
-fn one_of_all(client: &SharedDuplexClient, pick: u64) -> Result<(), ChannelError> {
-    let len = [3, 100, 700, 20_000][(pick >> 8) as usize % 4];
-    let asked = request(ask::UPPER, len);
-    let right = asked.to_ascii_uppercase();
-    match pick % 6 {
-        0 => {
-            let items = [&asked[..], &asked[..3], &asked[..2]];
-            let answer = client.call_batch(&items, PATIENCE)?;
-            let mut died = 0;
-            for (item, asked) in answer.items().zip(items) {
-                match item {
-                    Ok(bytes) => assert_eq!(bytes.to_vec(), right[..asked.len()]),
-                    Err(ItemError::PeerDied { .. }) => died += 1,
-                    Err(error) => panic!("{error}"),
-                }
-            }
-            assert_eq!(died, 3 - answer.answered());
-            Ok(())
-        }
-        1 => client.send_one_way(&asked, PATIENCE).map(drop),
-        2 => {
-            let sequence = client.send_request(&asked, PATIENCE)?;
-            client.cancel(sequence);
-            Ok(())
-        }
-        3 => {
-            let first = client.send_request(&asked, PATIENCE)?;
-            let second = client.send_request(&asked, PATIENCE)?;
-            let answers = [second, first].map(|sent| client.receive_for(sent, PATIENCE));
-            for answer in answers {
-                assert_eq!(answer?.copy_to_vec(), right);
-            }
-            Ok(())
-        }
-        _ => {
-            let answer = client.call(&asked, PATIENCE)?;
-            assert_eq!(answer.copy_to_vec(), right);
-            Ok(())
-        }
     }
 }
 

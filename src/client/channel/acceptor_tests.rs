@@ -453,6 +453,13 @@ fn a_server_that_accepts_nobody_costs_the_deadline_and_no_more() {
     }
     let begun = Instant::now();
     let late = ask(&path, &name(), &ATTACH, &[], deadline_in(soon)).map(drop);
-    assert!(matches!(late, Err(ConnectError::TimedOut { .. })), "{late:?}");
-    assert!(begun.elapsed() < Duration::from_secs(4), "{:?}", begun.elapsed());
+    assert!(
+        matches!(late, Err(ConnectError::TimedOut { .. })),
+        "{late:?}"
+    );
+    assert!(
+        begun.elapsed() < Duration::from_secs(4),
+        "{:?}",
+        begun.elapsed()
+    );
 }

@@ -14,7 +14,7 @@ use super::ChannelError;
 use super::client::DuplexClient;
 use super::shared::SharedDuplexClient;
 use super::wait::Ended;
-use crate::duplex::{Batch, BatchGrant, FrameBytes, ItemError, Sequence};
+use crate::duplex::{Batch, BatchGrant, FrameBytes, ItemError, Segment, Sequence};
 use crate::units::OutOfRange;
 
 impl DuplexClient {
@@ -119,7 +119,7 @@ impl DuplexClient {
         }
         let batch = self.core.borrow().batch(sequence);
         match batch {
-            Some(batch) => Ok(BatchResponse {
+            Some(batch) => Ok(BatchAnswer {
                 client: self,
                 sequence,
                 batch: batch.after_death(self.forget_lost(sequence)),
@@ -189,16 +189,50 @@ impl Drop for BatchRequest<'_> {
     }
 }
 
+/// Whose response a batch is: it has the memory, and takes the room back.
+pub trait Holder {
+    /// The channel's memory.
+    fn memory(&self) -> &Segment;
+    /// The response of `sequence` is not needed any more.
+    fn give_back(&self, sequence: Sequence);
+}
+
+impl Holder for &DuplexClient {
+    fn memory(&self) -> &Segment {
+        self.segment()
+    }
+
+    fn give_back(&self, sequence: Sequence) {
+        self.core.borrow_mut().release(sequence);
+    }
+}
+
+impl Holder for SharedDuplexClient {
+    fn memory(&self) -> &Segment {
+        self.segment()
+    }
+
+    fn give_back(&self, sequence: Sequence) {
+        self.core().release(sequence);
+        self.tell_room();
+    }
+}
+
+/// The batch of a [`DuplexClient`] at its end.
+pub type BatchResponse<'a> = BatchAnswer<&'a DuplexClient>;
+/// The batch of a [`SharedDuplexClient`] at its end.
+pub type SharedBatchResponse = BatchAnswer<SharedDuplexClient>;
+
 /// A batch at its end, where the server left it. Its room comes back when this is
 /// dropped.
 #[derive(Debug)]
-pub struct BatchResponse<'a> {
-    client: &'a DuplexClient,
+pub struct BatchAnswer<H: Holder> {
+    client: H,
     sequence: Sequence,
     batch: Batch,
 }
 
-impl BatchResponse<'_> {
+impl<H: Holder> BatchAnswer<H> {
     /// The batch's number.
     pub fn sequence(&self) -> Sequence {
         self.sequence
@@ -221,7 +255,7 @@ impl BatchResponse<'_> {
 
     /// What became of each item, in order.
     pub fn items(&self) -> impl ExactSizeIterator<Item = Result<FrameBytes<'_>, ItemError>> {
-        self.batch.items(self.client.segment())
+        self.batch.items(self.client.memory())
     }
 
     /// What became of one item.
@@ -229,13 +263,13 @@ impl BatchResponse<'_> {
     /// # Errors
     /// [`ItemError`].
     pub fn item(&self, item: usize) -> Result<FrameBytes<'_>, ItemError> {
-        self.batch.item(self.client.segment(), item)
+        self.batch.item(self.client.memory(), item)
     }
 }
 
-impl Drop for BatchResponse<'_> {
+impl<H: Holder> Drop for BatchAnswer<H> {
     fn drop(&mut self) {
-        self.client.core.borrow_mut().release(self.sequence);
+        self.client.give_back(self.sequence);
     }
 }
 
@@ -253,8 +287,9 @@ impl SharedDuplexClient {
         let sequence = self.send_batch(items, 0, timeout)?;
         let left = timeout.saturating_sub(begun.elapsed());
         let received = self.receive_batch(sequence, left);
-        if matches!(received, Err(ChannelError::TimedOut)) {
-            self.cancel(sequence);
+        // As in `SharedDuplexClient::call`.
+        if matches!(received, Err(ChannelError::TimedOut)) && !self.cancel(sequence) {
+            return self.receive_batch(sequence, Duration::ZERO);
         }
         received
     }
@@ -287,7 +322,7 @@ impl SharedDuplexClient {
         let poll = self.await_end(sequence, timeout)?;
         let batch = self.core().batch(sequence);
         match batch {
-            Some(batch) => Ok(SharedBatchResponse {
+            Some(batch) => Ok(BatchAnswer {
                 client: self.clone(),
                 sequence,
                 batch: batch.after_death(self.forget_lost(sequence)),
@@ -298,56 +333,5 @@ impl SharedDuplexClient {
                 Ok(_) => Err(ChannelError::UnknownSequence { sequence }),
             },
         }
-    }
-}
-
-/// A batch at its end, where the server left it. Its room comes back when this is
-/// dropped.
-#[derive(Debug)]
-pub struct SharedBatchResponse {
-    client: SharedDuplexClient,
-    sequence: Sequence,
-    batch: Batch,
-}
-
-impl SharedBatchResponse {
-    /// The batch's number.
-    pub fn sequence(&self) -> Sequence {
-        self.sequence
-    }
-
-    /// Number of items.
-    pub fn len(&self) -> usize {
-        self.batch.len()
-    }
-
-    /// Whether it has none: never.
-    pub fn is_empty(&self) -> bool {
-        self.batch.is_empty()
-    }
-
-    /// Items that were answered, failed ones included; all, unless the server died.
-    pub fn answered(&self) -> usize {
-        self.batch.answered()
-    }
-
-    /// What became of each item, in order.
-    pub fn items(&self) -> impl ExactSizeIterator<Item = Result<FrameBytes<'_>, ItemError>> {
-        self.batch.items(self.client.segment())
-    }
-
-    /// What became of one item.
-    ///
-    /// # Errors
-    /// [`ItemError`].
-    pub fn item(&self, item: usize) -> Result<FrameBytes<'_>, ItemError> {
-        self.batch.item(self.client.segment(), item)
-    }
-}
-
-impl Drop for SharedBatchResponse {
-    fn drop(&mut self) {
-        self.client.core().release(self.sequence);
-        self.client.tell_room();
     }
 }

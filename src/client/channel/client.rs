@@ -287,7 +287,7 @@ impl DuplexClient {
 
     /// The response of `sequence` is not wanted any more. A server that has not begun
     /// it does not; its room comes back by itself. False if its response is there
-    /// already, or there is no such request.
+    /// already, which keeps its room until it is received, or there is no such request.
     pub fn cancel(&self, sequence: Sequence) -> bool {
         self.core.borrow_mut().cancel(sequence)
     }
@@ -385,9 +385,9 @@ impl DuplexClient {
             self.core.borrow_mut().set_taking_over(true);
         };
         let taken = go_on(&mut keeper, &self.segment, deadline, begin);
-        self.core.get_mut().set_taking_over(false);
         self.keeper = keeper;
         taken?;
+        self.core.get_mut().set_taking_over(false);
         let waiting = self.waiter.borrow().waiting();
         self.waiter = RefCell::new(Waiter::new(&self.segment, Side::Client, waiting));
         Ok(())

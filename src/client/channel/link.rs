@@ -135,7 +135,11 @@ fn may_pass(error: &ConnectError) -> bool {
     match error {
         ConnectError::NoChannel { .. } | ConnectError::Closed { .. } => true,
         ConnectError::Refused { refusal, .. } => {
-            matches!(refusal, Refusal::Clients { .. } | Refusal::Stopping)
+            // Served: by a hello of this client that it gave up, as long as that takes.
+            matches!(
+                refusal,
+                Refusal::Clients { .. } | Refusal::Stopping | Refusal::Served { .. }
+            )
         }
         _ => false,
     }

@@ -42,7 +42,7 @@ mod shared;
 mod tests;
 mod wait;
 
-pub use batch::{BatchRequest, BatchResponse, SharedBatchResponse};
+pub use batch::{BatchAnswer, BatchRequest, BatchResponse, Holder, SharedBatchResponse};
 pub use client::{ClientOptions, DuplexClient, Request, Response};
 pub use factory::DuplexChannelFactory;
 pub use frame::{Frame, HandlerError};

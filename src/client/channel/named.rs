@@ -387,7 +387,8 @@ impl Host for ChannelHost {
         let segment = segment.map_err(|error| refusal_of(&error))?;
         let has_server = segment.presence(Side::Server) == Presence::Alive;
         if has_server || segment.generation() != generation {
-            return Err(Refusal::Memory);
+            let generation = segment.generation();
+            return Err(Refusal::Served { generation });
         }
         let client = self.0.serve(peer, &segment, true)?;
         Ok(Joined {

@@ -202,15 +202,20 @@ impl SharedDuplexClient {
         let begun = Instant::now();
         let sequence = self.send_request(bytes, timeout)?;
         let answer = self.receive_for(sequence, timeout.saturating_sub(begun.elapsed()));
-        if matches!(answer, Err(ChannelError::TimedOut)) {
-            self.cancel(sequence);
+        // Another thread that finds the server dead ends it too, and then knows how.
+        if matches!(answer, Err(ChannelError::TimedOut)) && !self.cancel(sequence) {
+            return self.receive_for(sequence, Duration::ZERO);
         }
         answer
     }
 
-    /// As [`super::DuplexClient::cancel`].
+    /// As [`super::DuplexClient::cancel`]: false too where another thread found the server
+    /// dead, which ended the request.
     pub fn cancel(&self, sequence: Sequence) -> bool {
-        self.core().cancel(sequence)
+        let cancelled = self.core().cancel(sequence);
+        // It may have been answered, which nobody is rung for once more.
+        self.tell_room();
+        cancelled
     }
 
     /// Ends the channel; see [`super::DuplexClient::stop`].
@@ -272,7 +277,9 @@ impl SharedDuplexClient {
             self.tell_all();
         };
         let taken = go_on(&mut keeper, self.segment(), deadline, begin);
-        self.core().set_taking_over(false);
+        if taken.is_ok() {
+            self.core().set_taking_over(false);
+        }
         // What they have learned is of the former server.
         lock(&self.inner.waiters).clear();
         *lock(&self.inner.seat) = Seat {

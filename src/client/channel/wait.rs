@@ -250,6 +250,10 @@ impl Waiter {
                 }
             },
         );
+        if probing && self.is_gone() {
+            // As above: the wake-up may have been this sleeper's, who has what it wants.
+            let _ = futex::wake(segment.lifeline_word(self.peer), u32::MAX);
+        }
         found.ok_or(ended)
     }
 
