@@ -226,7 +226,13 @@ pub(crate) fn run_sizes(options: &Options) -> anyhow::Result<Vec<Outcome>> {
 pub(crate) fn run_sizes_one_core(options: &Options) -> anyhow::Result<Vec<Outcome>> {
     let waits = (Waiting::Park, Wait::Park);
     let names = ("channel, parking", "two buffers, parking");
-    sizes(options, Placement::OneCore, CASES_SIZES_ONE_CORE, waits, names)
+    sizes(
+        options,
+        Placement::OneCore,
+        CASES_SIZES_ONE_CORE,
+        waits,
+        names,
+    )
 }
 
 pub(crate) fn run_sizes_free(options: &Options) -> anyhow::Result<Vec<Outcome>> {

@@ -70,10 +70,7 @@ pub(super) fn run(args: ServeArgs, socket: Option<PathBuf>) -> anyhow::Result<()
 fn space_of(
     (file, server): (Option<PathBuf>, Option<String>),
     socket: Option<PathBuf>,
-    nbd: Vec<NbdPlace>,
     recover: Vec<FollowSpec>,
-) -> anyhow::Result<Option<SpaceFlags>> {
-    recover: Option<FollowSpec>,
 ) -> Option<SpaceFlags> {
     // Neither is given without the other.
     let (file, server) = file.zip(server)?;

@@ -207,10 +207,10 @@ mod tests {
         Changes::new(LIFE, 10, (size, max_size)).expect("memory")
     }
 
-    fn extents(size: u64, ranges: &[Range<u64>]) -> ExtentSet {
+    fn extents(size: u64, ranges: &[(u64, u64)]) -> ExtentSet {
         let mut set = ExtentSet::new(size);
-        for range in ranges {
-            set.insert(range.clone());
+        for (start, end) in ranges {
+            set.insert(*start..*end);
         }
         set
     }
@@ -224,9 +224,9 @@ mod tests {
         assert_eq!(since(10), [(8 * page, false)]);
         changes.note(
             11,
-            &extents(8 * page, &[page..page + 1, 5 * page - 1..5 * page + 1]),
+            &extents(8 * page, &[(page, page + 1), (5 * page - 1, 5 * page + 1)]),
         );
-        changes.note(12, &extents(8 * page, &[0..1]));
+        changes.note(12, &extents(8 * page, &[(0, 1)]));
         let expected = [(2, true), (2, false), (2, true), (2, false)];
         assert_eq!(
             since(10),
@@ -258,7 +258,7 @@ mod tests {
         let large = 64 << 30;
         let changes = self::changes(large, large);
         assert!(changes.last.len() as u64 <= MAX_CHANGE_GRAINS);
-        changes.note(11, &extents(large, &[large - 1..large]));
+        changes.note(11, &extents(large, &[(large - 1, large)]));
         let runs = changes.since((LIFE, 10), 0..large, 9);
         assert_eq!(
             runs,
@@ -279,7 +279,7 @@ mod tests {
             for (epoch, (at, len)) in (11..).zip(&notes) {
                 let range = *at..(at + len).min(size);
                 model[range.start as usize..range.end as usize].fill(epoch);
-                changes.note(epoch, &extents(size, &[range]));
+                changes.note(epoch, &extents(size, &[(range.start, range.end)]));
             }
             let mut at = start;
             for (len, changed) in changes.since((LIFE, since), start..size, 1000) {

@@ -89,18 +89,18 @@ impl NbdFigures {
     pub fn status(&self) -> NbdStatus {
         let of = |figure: &AtomicU64| figure.load(Ordering::Relaxed);
         let exports = self.exports.lock().unwrap_or_else(PoisonError::into_inner);
-        let export = |(name, one): (&Box<str>, &Arc<ExportFigures>)| NbdExportStatus {
+        let exports = exports.iter().map(|(name, one)| NbdExportStatus {
             name: name.to_string(),
             connections: of(&one.connections),
             connected: of(&one.connected),
             requests: of(&one.requests),
             errors: of(&one.errors),
-        };
+        });
         NbdStatus {
             clients: of(&self.clients),
             turned_away: of(&self.turned_away),
             broken: of(&self.broken),
-            exports: exports.iter().map(export).collect(),
+            exports: exports.collect(),
         }
     }
 }

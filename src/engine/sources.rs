@@ -5,9 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::crew::{Crew, new_doorbell};
-use super::faults::{Content, FaultThread, Writing};
 use super::exports;
-use super::faults::{FaultThread, Writing};
+use super::faults::{Content, FaultThread, Writing};
 use super::hand_over::{Parts, check_mapping, check_mode, check_writer, open_control};
 use super::keys::Key;
 use super::losses::{Losses, kind_of_lost, printable};

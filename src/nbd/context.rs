@@ -165,11 +165,8 @@ mod tests {
         let [x, qemu] = DIRTY.map(newest);
         let all = vec![ALLOCATION.to_owned(), x.clone(), qemu.clone()];
         assert_eq!(names(listed(&export, &[])), all);
-        assert_eq!(names(listed(&export, &[b"qemu:"])), [qemu.clone()]);
-        assert_eq!(
-            names(listed(&export, &[b"x-uffd:", x.as_bytes()])),
-            [x.clone()]
-        );
+        assert_eq!(names(listed(&export, &[b"qemu:"])), [&*qemu]);
+        assert_eq!(names(listed(&export, &[b"x-uffd:", x.as_bytes()])), [&*x]);
         let old: &[u8] = b"x-uffd:dirty-1";
         assert_eq!(
             names(listed(&export, &[b"base:", old])),

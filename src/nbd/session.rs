@@ -77,7 +77,7 @@ pub struct Advanced {
 
 enum Phase {
     Handshake(Handshake),
-    Transmission(Transmission),
+    Transmission(Box<Transmission>),
     Over(Option<Violation>),
 }
 
@@ -153,11 +153,9 @@ impl Session {
                     }
                     Ok(Progress::Chosen(used, agreed)) => {
                         consumed += used;
-                        let export = self.exports.all()[agreed.export].clone();
-                        self.phase = Phase::Transmission(Transmission::new(export, agreed));
-                        // The first request's reply is one of its own.
-                        self.phase = Phase::Transmission(Transmission::new(*agreed));
-                        // Whoever calls may look at the export before it is worked on.
+                        self.phase = Phase::Transmission(Box::new(Transmission::new(*agreed)));
+                        // Whoever calls may look at the export before it is worked on, and
+                        // the first request's reply is one of its own.
                         break Next::More;
                     }
                     Err(violation) => self.phase = Phase::Over(Some(violation)),

@@ -271,37 +271,6 @@ impl Transmission {
         (flight.left, flight.whole) = (1, true);
     }
 
-    fn status(
-        &mut self,
-        out: &mut Vec<u8>,
-        backing: &mut dyn Backing,
-        request: &Request,
-        one: bool,
-    ) {
-        // To find out what is a hole takes the backing about as long.
-        self.turn += NBD_TURN / 2;
-        let len = u64::from(request.len);
-        let most = if one { 1 } else { MAX_NBD_EXTENTS as usize };
-        let address = self.export.base + request.offset;
-        let last = self.agreed.contexts.len();
-        for (id, context) in (1..).zip(&self.agreed.contexts) {
-            self.extents.clear();
-            let into = &mut self.extents;
-            let unknown = match context {
-                Context::Allocation => {
-                    backing.extents(address, len, most, into);
-                    Kind::Data
-                }
-                Context::Changed(since, _) => {
-                    backing.changed(*since, address, len, most, into);
-                    Kind::Dirty
-                }
-            };
-            tidy_extents(into, len, most, unknown);
-            reply::status_chunk(out, request.cookie, id, into, id as usize == last);
-        }
-    }
-
     fn zero(
         &mut self,
         out: &mut Vec<u8>,

@@ -26,8 +26,7 @@ use super::config::{NodeConfig, default_socket, is_loopback};
 use super::space_file::{self, SpaceFileError};
 use crate::client::ClientError;
 use crate::engine::space::{
-    Errands, Place, SpaceServer, SpaceServerConfig, SpaceServerError, exports_of,
-    Door, Errands, Place, Protocol, SpaceServer, SpaceServerConfig, SpaceServerError, WritersConfig,
+    Errands, Place, SpaceServer, SpaceServerConfig, SpaceServerError, WritersConfig, exports_of,
 };
 use crate::nbd::Exports;
 use crate::region::{ReadError, RegionError};
@@ -250,7 +249,7 @@ pub(super) fn serve(
         name: server.name.clone(),
         source,
     })?;
-    tell(&config, &server, &started, incarnation);
+    tell(&server, &started, incarnation);
     Ok(Lent {
         exports: exports_of(&config.map, position, flags.errands.is_some()),
         server: started,
@@ -261,8 +260,6 @@ pub(super) fn serve(
 pub(super) struct Lent {
     pub(super) server: SpaceServer,
     pub(super) exports: Exports,
-    tell(&server, &started, incarnation);
-    Ok(started)
 }
 
 fn tell(server: &Server, started: &SpaceServer, incarnation: Incarnation) {

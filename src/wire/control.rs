@@ -578,6 +578,7 @@ pub struct SpaceStatus {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub local_writers: Option<LocalWriters>,
 }
+
 /// Clients of a server of an address space that write its segment by mapping. What they do
 /// is in none of its other figures.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -593,6 +594,7 @@ pub struct LocalWriters {
     /// The latest ranges of those that were taken over: each may hold half a change.
     pub maybe_modified: Vec<Suspect>,
 }
+
 /// A range of a segment that may hold half a change.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Suspect {
@@ -603,6 +605,7 @@ pub struct Suspect {
     /// What happened.
     pub why: String,
 }
+
 impl std::fmt::Display for Suspect {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}..{}: {}", self.first, self.end, self.why)

@@ -85,9 +85,8 @@ pub use submit::Answer;
 
 use super::Node;
 use crate::engine::space_file;
-use crate::space::frame::{Hello, VERSION, WANTS_MAPPING, WANTS_WRITING};
 use crate::limits;
-use crate::space::frame::{Hello, VERSION, WANTS_MAPPING};
+use crate::space::frame::{Hello, VERSION, WANTS_MAPPING, WANTS_WRITING};
 use crate::space::{SpaceConfig, SpaceMap};
 use crate::sys::spin::Spinner;
 use lane::Lane;

@@ -105,14 +105,28 @@ impl Loop {
         // A Unix socket has no delay to switch off, and no host to lose.
         let _ = net::set_nodelay(&socket);
         let _ = stream::keep_alive(&socket);
-        let speaks = Speaks::Native(Native::new(self.doors[door].is_local));
-        let key = self.add(socket, speaks, &[]);
+        let is_local = self.doors[door].is_local;
+        let key = self.add(socket, Speaks::Native(Native::new(is_local)), &[]);
+        if is_local && self.core.writers.is_some() {
+            self.note_process(key);
+        }
         self.half_open.push_back(key);
         self.set_deadline(
             key,
             Some(Duration::from_millis(limits::HANDSHAKE_DEADLINE_MS)),
         );
         self.go_on(key);
+    }
+
+    /// Keeps hold of the process of a client that may ask for writing by mapping.
+    fn note_process(&mut self, key: Key) {
+        let Some(connection) = self.connections.get_mut(key) else {
+            return;
+        };
+        match PidFd::of_peer(&*connection.socket) {
+            Ok(process) => connection.speaks.connected_by(process),
+            Err(error) => tracing::warn!(%error, "a client may not write by mapping"),
+        }
     }
 
     /// An NBD client has chosen what is served here.
@@ -128,7 +142,7 @@ impl Loop {
             counted,
         } = arrived;
         let connected = Connected::new(session, counted, seat, &mut self.core.nbd);
-        let key = self.add(socket, Speaks::Nbd(connected), &input);
+        let key = self.add(socket, Speaks::Nbd(Box::new(connected)), &input);
         self.go_on(key);
     }
 
@@ -144,14 +158,8 @@ impl Loop {
             leaving: false,
             deadline: None,
         });
-        let may_write = door.is_local && self.core.writers.is_some();
         if let Some(connection) = self.connections.get_mut(key) {
             connection.speaks.placed(key);
-            match may_write.then(|| PidFd::of_peer(&*connection.socket)) {
-                Some(Ok(process)) => connection.speaks.connected_by(process),
-                Some(Err(error)) => tracing::warn!(%error, "a client may not write by mapping"),
-                None => {}
-            }
         }
         key
     }
@@ -295,7 +303,6 @@ impl Loop {
         if self.core.writers.is_some() {
             self.mind_writers(key);
         }
-        self.after(key, next);
         next
     }
 

@@ -134,14 +134,14 @@ impl Core {
     }
 
     /// Appends what a range consists of.
-    pub(crate) fn holes(&self, request: &Request, out: &mut Vec<u8>) -> Status {
+    pub(crate) fn holes(&mut self, request: &Request, out: &mut Vec<u8>) -> Status {
         let (offset, len) = (request.offset, u64::from(request.len));
         if checked_range(offset, len, self.card.segment_size).is_err() {
             return Status::OutOfRange;
         }
-        for (len, hole) in self.nbd.runs(offset, len).take(MAX_SPACE_RUNS as usize) {
-            append_run(out, len, hole);
-        }
+        let most = MAX_SPACE_RUNS as usize;
+        let append = |len, hole| append_run(out, len, hole);
+        self.nbd.runs(offset, offset + len, most, append);
         Status::Done
     }
 

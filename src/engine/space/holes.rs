@@ -33,6 +33,11 @@ impl Holes {
         }
     }
 
+    /// Whether there is something to be told.
+    pub(super) fn are_told(&self) -> bool {
+        self.data.is_some()
+    }
+
     /// The first memory in `offset .. end`, as (start, stop): before it there is none, and
     /// nothing is said of what follows it. (end, end) if there is none at all. Asks the
     /// kernel once for each page, and takes that from `looks`, which is not to be 0.

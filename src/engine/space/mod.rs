@@ -12,8 +12,8 @@
 //!
 //! - I1: a client is answered before its request is forgotten, or its connection ends; in
 //!   the order of execution.
-//! - I2: nobody changes the segment but this thread, and under locks that it shares clients
-//!   on this host that were admitted as [`writers`].
+//! - I2: nobody changes the segment but this thread and, under locks that it shares with
+//!   them, clients on this host that were admitted for that.
 //! - I3: everything that a peer makes this server keep is bounded: connections, those that
 //!   have not greeted, bytes received, replies that are not read.
 //!
@@ -55,7 +55,6 @@ pub use nbd::{Arrived, exports_of};
 use run::{Loop, OpenDoor};
 use safety::Safety;
 pub use safety::{MakeSafe, Replica};
-pub use speaks::Protocol;
 use writers::Writers;
 pub use writers::WritersConfig;
 

@@ -6,12 +6,9 @@ use super::speaks::{Broken, Taken};
 use crate::engine::keys::Key;
 use crate::limits::SPACE_TURN;
 use crate::space::frame::{
-    self, HAS_MAPPING, HAS_REPLICA, HELLO_BYTES, Hello, Operation, REPLY_BYTES, REQUEST_BYTES,
-    Refusal, Reply, ReplyHeader, Request, RequestHeader, Status, TELLS_HOLES, WANTS_MAPPING,
-    Welcome,
     self, HAS_MAPPING, HAS_REPLICA, HAS_WRITING, HELLO_BYTES, Hello, Operation, REPLY_BYTES,
-    REQUEST_BYTES, Refusal, Reply, ReplyHeader, Request, RequestHeader, Status, WANTS_MAPPING,
-    WANTS_WRITING, Welcome,
+    REQUEST_BYTES, Refusal, Reply, ReplyHeader, Request, RequestHeader, Status, TELLS_HOLES,
+    WANTS_MAPPING, WANTS_WRITING, Welcome,
 };
 use crate::sys::process::PidFd;
 
@@ -37,6 +34,8 @@ pub(crate) struct Native {
 const REQUEST_COST: u64 = 1024;
 /// What it costs to say how the server goes.
 const STAT_COST: u64 = 32 * REQUEST_COST;
+/// What it may cost to find out what is a hole.
+const HOLES_COST: u64 = SPACE_TURN / 2;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum State {
@@ -185,6 +184,7 @@ impl Native {
             self.turn += STAT_COST;
             refused(request, Status::Done)
         } else if request.operation == Operation::Holes {
+            self.turn += HOLES_COST;
             refused(request, core.holes(request, bytes))
         } else {
             match core.execute(request, body, bytes) {

@@ -9,15 +9,13 @@
 //! I1: units with the gateway, and their bytes, are bounded over all connections; beyond it
 //!     a session waits and is asked again at the next completion.
 
-use std::collections::BTreeSet;
 use std::fmt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::core::Core;
-use super::errands::{Done, Errand, Errands, What};
-use super::holes::Holes;
 use super::errands::{Done, Errand, Errands, Went, What};
+use super::holes::Holes;
 use super::outbox::Outbox;
 use super::speaks::{Broken, Taken};
 use crate::engine::keys::Key;
@@ -44,9 +42,6 @@ pub(crate) struct Nbd {
     /// First address of this server's segment.
     start: u64,
     holes: Holes,
-    clients: u64,
-    /// The segment's memory, to ask for its holes.
-    data: Option<OwnedFd>,
     /// Connections so far.
     serial: u64,
     /// Units with the gateway, and their bytes.
@@ -98,8 +93,6 @@ impl Nbd {
             errands,
             start: map.addresses(position).start,
             holes: Holes::new(data),
-            clients: 0,
-            data,
             serial: 0,
             out: (0, 0),
             waiting: Vec::new(),
@@ -108,35 +101,27 @@ impl Nbd {
 
     /// Whether the holes of the segment are known.
     pub(super) fn knows_holes(&self) -> bool {
-        self.data.is_some()
+        self.holes.are_told()
     }
 
-    /// Data in `offset .. offset + len` of the segment, from the first extent at or behind
-    /// `offset` on; all of it where holes are not told.
-    fn next_data(&self, offset: u64, len: u64) -> (u64, u64) {
-        let end = offset + len;
-        let found = match &self.data {
-            Some(fd) => memfd::next_data(fd, offset),
-            None => return (offset, end),
-        };
-        match found {
-            Ok(Some(data)) => (data.start.clamp(offset, end), data.end.clamp(offset, end)),
-            Ok(None) => (end, end),
-            Err(_) => (offset, end),
-        }
-    }
-
-    /// What a range of the segment consists of, from its beginning on: bytes, and whether
-    /// they are a hole.
-    pub(super) fn runs(&self, offset: u64, len: u64) -> impl Iterator<Item = (u64, bool)> {
-        let (mut at, end) = (offset, offset + len);
-        std::iter::from_fn(move || {
-            let (start, stop) = (at < end).then(|| self.next_data(at, end - at))?;
+    /// What `offset .. end` of the segment consists of, from its beginning on: bytes, and
+    /// whether they are a hole; at most `most` runs, and not more than takes a moment.
+    pub(super) fn runs(
+        &mut self,
+        offset: u64,
+        end: u64,
+        most: usize,
+        mut run: impl FnMut(u64, bool),
+    ) {
+        let (mut at, mut left, mut looks) = (offset, most, LOOKS);
+        while at < end && left > 0 && looks > 0 {
+            let (start, stop) = self.holes.next_data(at, end, &mut looks);
             let hole = start > at;
             let len = (if hole { start } else { stop } - at).max(1);
+            run(len, hole);
             at += len;
-            Some((len, hole))
-        })
+            left -= 1;
+        }
     }
 
     /// The way to other servers.
@@ -404,7 +389,6 @@ impl Backing for Segment<'_> {
                 Zeroing::Sparse | Zeroing::Discard => {
                     self.core.nbd.holes.next_data(at, end, &mut looks)
                 }
-                Zeroing::Sparse | Zeroing::Discard => self.core.nbd.next_data(at, end - at),
             };
             if start < stop {
                 let place = (start, (stop - start) as u32);
@@ -418,30 +402,26 @@ impl Backing for Segment<'_> {
         Answer::Done
     }
 
-    fn extents(&mut self, address: u64, len: u64, most: usize, into: &mut Vec<Extent>) {
-        let (mut at, end, mut looks) = (address, address + len, LOOKS);
-        while at < end && into.len() < most && looks > 0 {
-            let Some(offset) = self.here(at, 1) else {
-                // Another server's holes are not known.
-                let start = self.core.nbd.start;
-                let until = if at < start { end.min(start) } else { end };
-                let len = until - at;
-                let kind = Kind::Data;
-                into.push(Extent { len, kind });
-                at = until;
-                continue;
-            };
-            let here = (end - at).min(self.core.card.segment_size - offset);
-            let holes = &mut self.core.nbd.holes;
-            let (start, stop) = holes.next_data(offset, offset + here, &mut looks);
-            let hole = start > offset;
-            let until = if hole { start } else { stop };
-            let len = (until - offset).max(1);
-            let kind = Kind::of_hole(hole);
-            into.push(Extent { len, kind });
-            at += len;
-        }
+    /// What lies on one server, which is the beginning of a longer range.
+    fn extents(&mut self, mut unit: Unit, most: usize, into: &mut Vec<Extent>) -> Answer {
+        let segment = self.core.card.segment_size;
+        let left = segment - unit.address % segment;
+        unit.len = u64::from(unit.len).min(left) as u32;
+        let Some(offset) = self.here(unit.address, unit.len.into()) else {
+            return self.elsewhere(unit, || What::Holes);
+        };
+        let end = offset + u64::from(unit.len);
+        let nbd = &mut self.core.nbd;
+        nbd.runs(offset, end, most, |len, hole| {
+            into.push(extent_of((len, hole)))
+        });
+        Answer::Done
     }
+}
+
+fn extent_of((len, hole): (u64, bool)) -> Extent {
+    let kind = Kind::of_hole(hole);
+    Extent { len, kind }
 }
 
 #[cfg(test)]
@@ -464,16 +444,4 @@ mod tests {
         assert_eq!(order, [9, 4, 7, 2].map(key));
         assert!(nbd.take_waiting(&[]).is_empty());
     }
-    /// What lies on one server, which is the beginning of a longer range.
-    fn extents(&mut self, mut unit: Unit, most: usize, into: &mut Vec<Extent>) -> Answer {
-        let segment = self.core.card.segment_size;
-        let left = segment - unit.address % segment;
-        unit.len = u64::from(unit.len).min(left) as u32;
-        let Some(offset) = self.here(unit.address, unit.len.into()) else {
-            return self.elsewhere(unit, || What::Holes);
-        let runs = self.core.nbd.runs(offset, unit.len.into()).take(most);
-        into.extend(runs.map(extent_of));
-        Answer::Done
-fn extent_of((len, hole): (u64, bool)) -> Extent {
-    Extent { len, kind }
 }

@@ -18,7 +18,6 @@ use super::core::Core;
 use super::errands::Errands;
 use super::outbox::Outbox;
 use super::safety::Safety;
-use super::speaks::Protocol;
 use super::writers::LOOK;
 use crate::engine::keys::{Key, Keyed};
 use crate::limits;
@@ -26,7 +25,6 @@ use crate::sys::SysError;
 use crate::sys::buffer::Buffer;
 use crate::sys::futex::Lifeline;
 use crate::sys::ring::{Completion, MAX_IN_FLIGHT, Op, Ring};
-use crate::sys::ring::{Completion, Op, Ring};
 use crate::sys::spin::Spinner;
 
 /// Entries of the submission queue.

@@ -29,7 +29,7 @@ pub(crate) type Broken = String;
 /// The protocol of one connection, with its state.
 pub(crate) enum Speaks {
     Native(Native),
-    Nbd(Connected),
+    Nbd(Box<Connected>),
 }
 
 impl Speaks {

@@ -28,14 +28,8 @@ fn config_in(folder: &tempfile::TempDir, limits: SpaceLimits) -> SpaceServerConf
         address: format!("127.0.0.1:{port}").parse().expect("an address"),
     };
     let map = SpaceMap::new(K, vec![server("a", 1), server("b", 2)]).expect("a map");
-    let door = |place| Door {
-        place,
-        protocol: Protocol::Native,
-    };
     SpaceServerConfig {
         map,
-    let config = SpaceServerConfig {
-        map: map.clone(),
         position: 1,
         incarnation: Incarnation(5),
         limits,
@@ -72,7 +66,7 @@ fn a_client_that_only_fills_lets_others_have_their_turn() {
     let nbd = Nbd::new(&config.map, 1, None, None);
     let memory = Box::new(vec![0u8; K as usize]);
     let mut core = Core::new(&config, Executor::new(None), memory, nbd);
-    let mut speaks = speaks::Speaks::new(&Protocol::Native, false);
+    let mut speaks = speaks::Speaks::Native(native::Native::new(false));
     let mut out = outbox::Outbox::default();
     let hello = Hello {
         versions: (1, 1),

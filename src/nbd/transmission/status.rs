@@ -7,7 +7,7 @@ use super::super::numbers::REQUEST_BYTES;
 use super::super::reply;
 use super::super::session::Next;
 use super::{Step, Transmission};
-use crate::limits::MAX_NBD_EXTENTS;
+use crate::limits::{MAX_NBD_EXTENTS, NBD_TURN};
 
 impl Transmission {
     pub(super) fn status(
@@ -17,6 +17,8 @@ impl Transmission {
         request: &Request,
         one: bool,
     ) -> Step {
+        // To find out what is a hole takes the backing about as long.
+        self.turn += NBD_TURN / 2;
         let most = if one { 1 } else { MAX_NBD_EXTENTS as usize };
         let unit = self.single(request);
         let mut extents = std::mem::take(&mut self.extents);

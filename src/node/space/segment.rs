@@ -59,6 +59,26 @@ struct Page {
     rest: [u8; 4],
 }
 
+impl Page {
+    fn of(
+        config: &SpaceConfig,
+        position: usize,
+        incarnation: Incarnation,
+        recoveries: u64,
+    ) -> Self {
+        Self {
+            magic: MAGIC,
+            version: VERSION.into(),
+            zero: [0; 4],
+            incarnation: incarnation.0.into(),
+            map: config.map.digest(),
+            position: (position as u32).into(),
+            recoveries: recoveries.into(),
+            rest: [0; 4],
+        }
+    }
+}
+
 const MAGIC: [u8; 8] = *b"uffdSGMT";
 const VERSION: u32 = 1;
 
@@ -132,7 +152,9 @@ pub(super) fn with_replica(
     let former = Former::newest(recover, config, position, node)?;
     let fresh = Incarnation(Generation::random().0);
     let incarnation = former.as_ref().map_or(fresh, |former| former.incarnation);
-    let before = former.as_ref().map(|former| former.age.recoveries + 1);
+    let recoveries = former
+        .as_ref()
+        .map_or(0, |former| former.age.recoveries + 1);
     let options = WriterOptions {
         mode: Mode::Manual,
         publish: Publish::Commit,
@@ -147,16 +169,7 @@ pub(super) fn with_replica(
             // Only says that it goes no further: the reason is told below.
             return Err(ClientError::OtherRegion);
         }
-        let page = Page {
-            magic: MAGIC,
-            version: VERSION.into(),
-            zero: [0; 4],
-            incarnation: incarnation.0.into(),
-            map: config.map.digest(),
-            position: (position as u32).into(),
-            recoveries: before.unwrap_or(0).into(),
-            rest: [0; 4],
-        };
+        let page = Page::of(config, position, incarnation, recoveries);
         Ok(region.write(size, page.as_bytes())?)
     };
     let region_name = region_name(name);

@@ -258,7 +258,7 @@ pub const HAS_REPLICA: u32 = 2;
 pub const TELLS_HOLES: u32 = 4;
 /// Flag of a welcome, besides [`HAS_MAPPING`]: the descriptors are for writing, and a third
 /// one is that of the client's own page.
-pub const HAS_WRITING: u32 = 4;
+pub const HAS_WRITING: u32 = 8;
 /// Flag of a reply to a compare-exchange: it was exchanged.
 pub const EXCHANGED: u8 = 1;
 
