@@ -32,6 +32,7 @@
 pub mod completion;
 pub mod event;
 pub mod state;
+pub mod watch;
 
 #[cfg(not(loom))]
 mod batch;

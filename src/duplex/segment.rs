@@ -416,6 +416,11 @@ impl Segment {
         (word.load(Ordering::Acquire), word)
     }
 
+    /// Whether a side of this process has stopped the channel, which no peer can take back.
+    pub fn has_stopped_here(&self) -> bool {
+        self.signs().0 >= ONE_STOP
+    }
+
     fn wake_own(&self) {
         // Refused only for an address that is not mapped.
         let _ = futex::wake(&self.0.signs, u32::MAX);

@@ -20,8 +20,13 @@ impl Futex {
 
     /// Sleeps if the word's sequence is still `expected`.
     pub(crate) fn sleep(&self, word: &AtomicU64, expected: u32) {
+        self.sleep_while(|| event::sequence_of(word.load(Ordering::Relaxed)) == expected);
+    }
+
+    /// Sleeps if the word is as it was.
+    pub(crate) fn sleep_while(&self, is_same: impl Fn() -> bool) {
         let bucket = self.bucket.lock().expect("bucket");
-        if event::sequence_of(word.load(Ordering::Relaxed)) == expected {
+        if is_same() {
             let _awake = self.sleepers.wait(bucket).expect("bucket");
         }
     }

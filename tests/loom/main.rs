@@ -16,3 +16,4 @@ mod lives;
 mod queue;
 mod seqlock;
 mod turns;
+mod watch;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use super::keeper::{Keeper, go_on};
 use super::link::Link;
+use super::sentry::Sentry;
 use super::wait::{Ended, HOT_LOOKS, Waiter};
 use super::{ChannelError, SharedDuplexClient};
 use crate::duplex::{
@@ -85,9 +86,11 @@ impl DuplexClient {
     ) -> Result<DuplexClient, ChannelError> {
         let mut link = link;
         let keeper = Keeper::hold(&segment, Side::Client, &mut link)?;
+        let waiter = Waiter::new(&segment, Side::Client, options.waiting)
+            .kept_by(Sentry::new(&segment, Side::Client));
         Ok(DuplexClient {
             core: RefCell::new(ClientCore::new(&segment)),
-            waiter: RefCell::new(Waiter::new(&segment, Side::Client, options.waiting)),
+            waiter: RefCell::new(waiter),
             lost: RefCell::default(),
             segment,
             keeper: Some(keeper),
@@ -388,8 +391,9 @@ impl DuplexClient {
         self.keeper = keeper;
         taken?;
         self.core.get_mut().set_taking_over(false);
-        let waiting = self.waiter.borrow().waiting();
-        self.waiter = RefCell::new(Waiter::new(&self.segment, Side::Client, waiting));
+        // What it has learned is of the former server.
+        let fresh = self.waiter.borrow().anew();
+        self.waiter = RefCell::new(fresh);
         Ok(())
     }
 

@@ -36,6 +36,9 @@ mod link;
 mod named;
 mod rendezvous;
 mod report;
+mod sentry;
+#[cfg(test)]
+mod sentry_tests;
 mod server;
 mod shared;
 #[cfg(test)]

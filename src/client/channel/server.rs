@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use super::ChannelError;
 use super::frame::{Frame, HandlerError};
+use super::sentry::Sentry;
 use super::wait::{HOT_LOOKS, Waiter};
 use crate::duplex::{
     ChannelStatus, Claim, ErrorCode, Posts, Seen, Segment, Semaphore, Sequence, ServerCore, Side,
@@ -218,6 +219,7 @@ impl InPlaceDuplexServer {
         };
         let channel = Arc::new(Channel {
             core,
+            sentry: Sentry::new(segment, Side::Server),
             service: service.clone(),
             ending: AtomicBool::new(false),
             finished: AtomicBool::new(false),
@@ -339,6 +341,8 @@ impl Served {
 
 struct Channel {
     core: ServerCore,
+    /// Of all its workers.
+    sentry: Arc<Sentry>,
     service: Arc<Service>,
     ending: AtomicBool,
     finished: AtomicBool,
@@ -412,7 +416,8 @@ impl Channel {
     fn work(&self) {
         let waiting = self.service.options.waiting;
         let mut worker = Worker {
-            waiter: Waiter::new(self.core.segment(), Side::Server, waiting),
+            waiter: Waiter::new(self.core.segment(), Side::Server, waiting)
+                .kept_by(self.sentry.clone()),
             posts: Posts::new(),
             claim: None,
             item: 0,

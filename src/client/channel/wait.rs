@@ -3,10 +3,13 @@
 use std::cell::Cell;
 use std::hint::spin_loop;
 use std::ops::ControlFlow;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::yield_now;
 use std::time::{Duration, Instant};
 
+use super::sentry::Sentry;
+use crate::duplex::watch::NEVER;
 use crate::duplex::{Pause, Presence, Segment, Semaphore, Side, Spinner, Waiting, event};
 use crate::limits::CHANNEL_PROBE_MS;
 use crate::shm::high_half;
@@ -35,6 +38,8 @@ pub(super) enum Ended {
 #[derive(Debug)]
 pub(super) struct Waiter {
     segment: Segment,
+    /// Lets it sleep without a time-out.
+    sentry: Option<Arc<Sentry>>,
     own: Side,
     peer: Side,
     spinner: Spinner,
@@ -52,6 +57,7 @@ impl Waiter {
     pub(super) fn new(segment: &Segment, own: Side, waiting: Waiting) -> Waiter {
         Waiter {
             segment: segment.clone(),
+            sentry: None,
             own,
             peer: match own {
                 Side::Client => Side::Server,
@@ -62,6 +68,22 @@ impl Waiter {
             cpu: u32::MAX,
             seen: 0,
             seed: monotonic_ns() | 1,
+        }
+    }
+
+    /// With a sentry, which is of this segment and side.
+    pub(super) fn kept_by(self, sentry: Arc<Sentry>) -> Waiter {
+        Waiter {
+            sentry: Some(sentry),
+            ..self
+        }
+    }
+
+    /// One that has learned nothing yet.
+    pub(super) fn anew(&self) -> Waiter {
+        Waiter {
+            sentry: self.sentry.clone(),
+            ..Waiter::new(&self.segment, self.own, self.waiting())
         }
     }
 
@@ -193,14 +215,12 @@ impl Waiter {
         mut ready: impl FnMut(bool) -> Option<T>,
         mut before_sleep: impl FnMut(),
     ) -> Result<T, Ended> {
-        let segment = self.segment.clone();
+        let (segment, sentry) = (self.segment.clone(), self.sentry.clone());
         let word = segment.semaphore(semaphore);
         let half = high_half(word);
-        let (seen, own) = segment.signs();
-        let seen = Cell::new(seen);
+        let (own, seen) = (segment.signs().1, Cell::new(0));
         let mut until = None;
-        let mut probing = false;
-        let mut ended = Ended::TimedOut;
+        let (mut probing, mut ended) = (false, Ended::TimedOut);
         let found = event::wait(
             word,
             || {
@@ -209,13 +229,17 @@ impl Waiter {
                 ready(true)
             },
             |sequence| {
-                let now = monotonic_ns();
-                let until = *until.get_or_insert_with(|| {
-                    now.saturating_add(timeout.map_or(u64::MAX, nanoseconds))
+                let now = timeout.map_or(0, |_| monotonic_ns());
+                let until = *until.get_or_insert_with(|| match timeout {
+                    Some(timeout) => now.saturating_add(nanoseconds(timeout)),
+                    None => NEVER,
                 });
                 let alive = segment.lifeline_word(self.peer);
                 // SYNC(lifeline): what the peer did before it left is seen by `ready`.
                 let value = alive.load(Ordering::Acquire);
+                let keeper = sentry.as_ref().filter(|_| !probing);
+                // Before the looks: what it saw when it began they see too.
+                let kept = keeper.and_then(|sentry| sentry.keep(value, until));
                 if self.is_gone() {
                     // The kernel woke one sleeper; each wakes the next.
                     let _ = futex::wake(alive, u32::MAX);
@@ -229,20 +253,17 @@ impl Waiter {
                 if segment.has_failpoints() {
                     segment.delay_if_armed(&mut self.seed);
                 }
-                if !probing {
-                    let soon = now + 1_000_000 * CHANNEL_PROBE_MS;
-                    let slept = futex::wait_masked(half, sequence, mask, until.min(soon));
-                    probing = matches!(slept, Ok(futex::Wake::TimedOut) | Err(_));
-                    let changed = event::sequence_of(word.load(Ordering::Relaxed)) != sequence;
-                    // Found later it may have changed after the time-out, while this
-                    // thread did not run.
-                    let in_time = monotonic_ns() < soon.saturating_add(LATE_NS);
-                    if probing && changed && in_time {
-                        segment.note_late_wake(self.own);
-                    }
+                if kept.is_some() && segment.signs().0 == seen.get() {
+                    let slept = futex::wait_masked(half, sequence, mask, NEVER);
+                    probing = slept.is_err();
                     return ControlFlow::Continue(());
                 }
-                let deadline = Instant::now().checked_add(Duration::from_nanos(until - now));
+                if !probing {
+                    probing = doze(&segment, self.own, (semaphore, sequence), mask, until);
+                    return ControlFlow::Continue(());
+                }
+                let left = Duration::from_nanos(until.saturating_sub(monotonic_ns()));
+                let deadline = Instant::now().checked_add(left);
                 let words = [(half, sequence), (alive, value), (own, seen.get())];
                 match futex::wait_any(&words, deadline) {
                     Ok(_) => ControlFlow::Continue(()),
@@ -271,6 +292,28 @@ impl Waiter {
             }
         }
     }
+}
+
+/// Sleeps while the semaphore has that sequence, until it is posted, `until`, or for
+/// [`CHANNEL_PROBE_MS`]. True if in vain: the next sleep has to end for more reasons.
+fn doze(
+    segment: &Segment,
+    own: Side,
+    (semaphore, sequence): (Semaphore, u32),
+    mask: u32,
+    until: u64,
+) -> bool {
+    let word = segment.semaphore(semaphore);
+    let soon = monotonic_ns() + 1_000_000 * CHANNEL_PROBE_MS;
+    let slept = futex::wait_masked(high_half(word), sequence, mask, until.min(soon));
+    let in_vain = matches!(slept, Ok(futex::Wake::TimedOut) | Err(_));
+    let changed = event::sequence_of(word.load(Ordering::Relaxed)) != sequence;
+    // Found later it may have changed after the time-out, while this thread did not run.
+    let in_time = || monotonic_ns() < soon.saturating_add(LATE_NS);
+    if in_vain && changed && in_time() {
+        segment.note_late_wake(own);
+    }
+    in_vain
 }
 
 fn nanoseconds(duration: Duration) -> u64 {
