@@ -43,7 +43,11 @@ fn wait(shared: &Shared) {
 /// Every poster posts once; every waiter waits for all of them.
 fn check(posters: usize, waiters: usize, post: Post, wait: Wait) {
     let mut builder = loom::model::Builder::new();
-    builder.preemption_bound = Some(if posters + waiters > 3 { 2 } else { 3 });
+    builder.preemption_bound = Some(match posters + waiters {
+        ..=3 => 3,
+        4 => 2,
+        _ => 1,
+    });
     builder.check(move || {
         let shared: &'static Shared = Box::leak(Box::new(Shared {
             word: AtomicU64::new(0),
@@ -89,6 +93,17 @@ fn two_posters_and_one_waiter() {
 #[test]
 fn two_posters_and_two_waiters() {
     check(2, 2, event::post, wait);
+}
+
+// With the thread that looks on that is as many as loom takes.
+#[test]
+fn two_posters_and_three_waiters() {
+    check(2, 3, event::post, wait);
+}
+
+#[test]
+fn three_posters_and_two_waiters() {
+    check(3, 2, event::post, wait);
 }
 
 #[test]
