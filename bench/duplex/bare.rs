@@ -2,13 +2,15 @@
 //! back, by the cheapest means of each kind.
 //!
 //! ```text
-//! page: word 0 = the client's turn    word 128 = the server's turn    256.. = 64 bytes
+//! page: word 0 = the client's turn    word 128 = the server's turn    256.. = 64 bytes,
+//!                                                                     or a bundle
 //! ```
 //!
 //! | kind | per hand-over |
 //! |---|---|
 //! | `line` | a store to the one line that the other polls |
 //! | `packet` | 64 bytes from behind the polled word on, filled, changed and read: two lines |
+//! | `bundle` | as many words as the batch has requests, likewise, behind one such store |
 //! | `futex` | a store, a wake and a wait, whether or not anybody waits |
 //! | `eventfd` | a write and a read |
 //! | `unix` | the payload through a stream socket, written and read |
@@ -30,8 +32,8 @@ use uffd_sync::sys::memfd;
 use uffd_sync::units::PAGE_SIZE;
 use zerocopy::IntoBytes;
 
-use crate::harness::{Channel, Child, Placement};
-use crate::link::{Link, Linked, Variant};
+use crate::harness::{Channel, Child, Latencies, Placement};
+use crate::link::{Link, Linked, Measured, Turn, Variant, per};
 use crate::payload::{Touch, fill};
 
 pub(crate) const ROLE: &str = "bare";
@@ -72,6 +74,12 @@ impl Page {
 
     fn line(&self) -> &AtomicU64 {
         self.0.atomic_u64(CLIENT_TURN)
+    }
+
+    /// The words of a bundle.
+    fn bundle(&self, words: usize) -> impl Iterator<Item = &AtomicU64> {
+        let at = (0..words as u64).map(|word| PAYLOAD + 8 * word);
+        at.map(|at| self.0.atomic_u64(at))
     }
 
     /// A word of the packet behind the line's own.
@@ -115,6 +123,11 @@ pub(crate) fn serve(mut channel: Channel, args: &[String]) -> anyhow::Result<()>
         "packet" => {
             let page = Page::open(&fds[0])?;
             Box::new(move |count| serve_packets(&page, touch, count))
+        }
+        "bundle" => {
+            let page = Page::open(&fds[0])?;
+            let words = len.parse::<usize>()? / 8;
+            Box::new(move |count| serve_bundles(&page, touch, words, count))
         }
         "futex" => {
             let mut page = Page::open(&fds[0])?;
@@ -192,6 +205,25 @@ fn serve_packets(page: &Page, touch: Touch, count: u64) -> anyhow::Result<()> {
         touch.apply(&mut words[..changed]);
         for (at, word) in words[..changed].iter().enumerate() {
             page.packet(at).store(*word, Ordering::Relaxed);
+        }
+        line.store(next + 1, Ordering::Release);
+        next += 2;
+    }
+    Ok(())
+}
+
+fn serve_bundles(page: &Page, touch: Touch, words: usize, count: u64) -> anyhow::Result<()> {
+    let line = page.line();
+    let mut next = line.load(Ordering::Relaxed) | 1;
+    for _ in 0..count {
+        // SYNC(bare_line): pairs with the store of the client's call.
+        while line.load(Ordering::Acquire) != next {
+            spin_loop();
+        }
+        for word in page.bundle(words) {
+            let mut request = [word.load(Ordering::Relaxed)];
+            touch.apply(&mut request);
+            word.store(request[0], Ordering::Relaxed);
         }
         line.store(next + 1, Ordering::Release);
         next += 2;
@@ -417,6 +449,71 @@ pub(crate) fn eventfd(placement: Placement) -> anyhow::Result<Box<dyn Variant>> 
         bells: Bells::new(own)?,
         touch,
     })))
+}
+
+/// Requests of one word each, all of them behind one hand-over.
+struct Bundle {
+    server: Child,
+    page: Page,
+    words: usize,
+    next: u64,
+}
+
+impl Bundle {
+    /// One there and back, of the requests from number `first` on; the hand-over is its
+    /// `round`th.
+    fn call(&mut self, round: u64, first: u64) -> anyhow::Result<()> {
+        for (seq, word) in (first..).zip(self.page.bundle(self.words)) {
+            let mut request = [0];
+            fill(&mut request, seq);
+            word.store(request[0], Ordering::Relaxed);
+        }
+        let (line, mine) = (self.page.line(), round * 2 - 1);
+        // SYNC(bare_line): pairs with the load of `serve_bundles`.
+        line.store(mine, Ordering::Release);
+        while line.load(Ordering::Acquire) != mine + 1 {
+            spin_loop();
+        }
+        for (seq, word) in (first..).zip(self.page.bundle(self.words)) {
+            let answer = [word.load(Ordering::Relaxed)];
+            ensure!(
+                Touch::One.is_answer(&answer, seq),
+                "response {seq} is wrong"
+            );
+        }
+        Ok(())
+    }
+}
+
+impl Variant for Bundle {
+    /// `calls` are requests, `timed` is not used; the value is per request.
+    fn turn(&mut self, turn: Turn) -> anyhow::Result<Measured> {
+        let (words, first) = (self.words as u64, self.next);
+        let rounds = turn.calls / words;
+        self.next += rounds;
+        begin(&mut self.server, rounds)?;
+        let started = Instant::now();
+        for round in first..self.next {
+            self.call(round, round * words)?;
+        }
+        Ok(Measured {
+            per_call_ns: per(started.elapsed(), rounds * words),
+            latencies: Latencies::new()?,
+            cpu_ns: f64::NAN,
+        })
+    }
+}
+
+/// So many requests of one word behind one cache line.
+pub(crate) fn bundle(placement: Placement, words: usize) -> anyhow::Result<Box<dyn Variant>> {
+    let mut server = spawn(placement, "bundle", Touch::One, 8 * words as u64)?;
+    let page = page_for(&mut server)?;
+    Ok(Box::new(Bundle {
+        server,
+        page,
+        words,
+        next: 1,
+    }))
 }
 
 struct UnixLink {

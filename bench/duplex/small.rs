@@ -162,6 +162,8 @@ pub(crate) const CASES_HOT: &[&str] = &[
     "hot-64B-bytes-vs-bare-64B/two-cores",
     "batch-8-of-slots/two-cores",
     "batch-64-of-slots/two-cores",
+    "batch-64-vs-bare-64-words/two-cores",
+    "bare-64-words/two-cores",
 ];
 
 pub(crate) fn run_hot(options: &Options) -> anyhow::Result<Vec<Outcome>> {
@@ -195,6 +197,11 @@ pub(crate) fn run_hot(options: &Options) -> anyhow::Result<Vec<Outcome>> {
         let variant = Ok(inplace::batches(placement, spin, size)?);
         batches.push(contest.enter(name, variant, Turn::of(64_000, 0))?);
     }
+    let bundle = contest.enter(
+        "bare 64 words",
+        Ok(bare::bundle(placement, 64)?),
+        Turn::of(64_000, 0),
+    )?;
     let results = contest.run()?;
     let lines = results.by_nearness(Goal::AtMost(1.15), Goal::AtMost(1.3));
     let times = results.by_nearness(Goal::AtLeast(6.0), Goal::AtLeast(4.5));
@@ -214,6 +221,8 @@ pub(crate) fn run_hot(options: &Options) -> anyhow::Result<Vec<Outcome>> {
         case(10, all, bare_all, Some(Goal::AtMost(1.2))),
         case(11, batches[3], line, None),
         case(12, batches[4], line, None),
+        case(13, batches[2], bundle, None),
+        case(14, bundle, line, None),
     ])
 }
 
