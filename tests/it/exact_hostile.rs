@@ -385,7 +385,7 @@ fn the_audit_of_mappings_takes_nothing_in_use_for_gone() {
         let audit = watched.region().audit.expect("it is audited");
         audit.mapping_rounds
     };
-    let enough = rounds(&watched) + if long() { 60 } else { 5 };
+    let enough = rounds(&watched) + if long() { 15 } else { 5 };
     await_that("the audit gets round while pages are stored to", || {
         rounds(&watched) >= enough
     });

@@ -207,9 +207,18 @@ fn who_asks_and_never_reads_costs_a_bounded_amount() {
 fn more_under_way_than_the_file_allows_is_refused() {
     let servers = Servers::start(1, MIB, "[limits]\nmax_in_flight = 1\n");
     let (mut wire, _) = Wire::greeted(&servers, 0);
-    // Unread, so that they stay unanswered.
     for _ in 0..64 {
         wire.send(Operation::Read, 0, MIB as u32, b"");
+    }
+    // Unread until the kernel takes no more, so that one stays unanswered.
+    let (mut other, _) = Wire::greeted(&servers, 0);
+    let (mut before, mut turns) = (0, 0);
+    while before == 0 || turns < 20 {
+        let (_, json) = other.ask(Operation::Stat, 0, 0, b"");
+        let json: serde_json::Value = serde_json::from_slice(&json).expect("JSON");
+        let now = json["read_bytes"].as_u64().expect("a figure");
+        turns = if now == before { turns + 1 } else { 0 };
+        before = now;
     }
     let mut statuses = Vec::new();
     for _ in 0..64 {
