@@ -1,24 +1,27 @@
 //! One client's channel over the lives of several servers: servers that hold no liveness
-//! word, threads that reconnect at the same time, want of descriptors in the middle.
+//! word, threads that reconnect at the same time, want of descriptors in the middle, and
+//! many threads that go on through kills and stops.
 
 use std::io::Read;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use uffd_sync::client::channel::{ChannelError, ConnectError};
+use uffd_sync::client::channel::{ChannelError, ConnectError, SharedDuplexClient};
 use uffd_sync::duplex::layout::LAYOUT_VERSION;
 use uffd_sync::duplex::rendezvous::{Answer, ChannelKind, MESSAGE_BYTES, Welcome};
-use uffd_sync::duplex::{BufferConfig, Posts, Presence, Segment, Semaphore, ServerCore, Side};
+use uffd_sync::duplex::{
+    BufferConfig, ItemError, Posts, Presence, Segment, Semaphore, Sequence, ServerCore, Side,
+};
 use uffd_sync::sys::net;
 
-use super::channel_peer::{Order, Peer, Report, ask, call, connect, join, request};
+use super::channel_peer::{Order, Peer, Report, ask, call, connect, join, kind_of, request};
 use super::channels::socket_of;
-use super::nodes::{PATIENCE, await_that, folder};
+use super::nodes::{PATIENCE, await_that, folder, long};
 
 /// Longest time in which something is known that takes a millisecond.
 const SOON: Duration = Duration::from_secs(2);
@@ -257,6 +260,184 @@ fn the_metadata_of_a_server_is_there_from_the_first_moment() {
             (oieb.metadata_written_bytes, oieb.metadata_free_bytes),
             (8 + 6, 64 - 14)
         );
+    }
+}
+
+/// What each request of the storm ended as.
+#[derive(Default)]
+struct Counts {
+    answered: AtomicU64,
+    died: AtomicU64,
+    refused: AtomicU64,
+}
+
+impl Counts {
+    fn now(&self) -> [u64; 3] {
+        [&self.answered, &self.died, &self.refused].map(|count| count.load(Ordering::Relaxed))
+    }
+
+    #[track_caller]
+    fn await_answers(&self, more: u64, client: &SharedDuplexClient) {
+        let (before, begun) = (self.now(), Instant::now());
+        while self.now()[0] < before[0] + more {
+            let status = client.segment().status();
+            assert!(
+                begun.elapsed() < PATIENCE,
+                "answered, died, refused: {before:?}, now {:?}: {status:?}",
+                self.now()
+            );
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+}
+
+/// Threads of one client send everything there is while their server is killed, stopped
+/// for a while, or ends in order, again and again.
+#[test]
+fn threads_go_on_through_kills_and_stops() {
+    let folder = folder();
+    let lives = if long() { 60 } else { 8 };
+    let serve = || {
+        let mut server = Peer::start();
+        server.carry_out(&Order::Serve {
+            folder: folder.path().to_owned(),
+            name: "a".to_owned(),
+            clients: 1,
+            workers: 3,
+            failpoints: false,
+        });
+        server
+    };
+    let mut server = serve();
+    let client = join(folder.path(), "a").expect("a client").into_shared();
+    let (counts, is_over) = (Counts::default(), AtomicBool::new(false));
+    let server = std::thread::scope(|scope| {
+        for thread in 0..4u64 {
+            let (client, counts, is_over) = (client.clone(), &counts, &is_over);
+            scope.spawn(move || storm(&client, thread, counts, is_over));
+        }
+        let over = scopeguard(&is_over);
+        for life in 0..lives {
+            counts.await_answers(300, &client);
+            match life % 3 {
+                0 => server.kill(),
+                1 => {
+                    server.stop();
+                    server.signal(Signal::SIGCONT);
+                    drop(server);
+                }
+                // Its standard input ends, and with that the program, in order.
+                _ => server.leave(),
+            }
+            server = serve();
+        }
+        counts.await_answers(300, &client);
+        drop(over);
+        server
+    });
+    // Nothing was lost on the way: all of the channel fits into it once more.
+    let whole = vec![b'u'; (1 << 20) - 64];
+    let answer = client.call(&whole, PATIENCE).expect("all room is back");
+    assert_eq!(answer.len(), whole.len());
+    drop(answer);
+    drop(server);
+    assert!(client.segment().generation() > lives);
+    let died = counts.died.load(Ordering::Relaxed);
+    let refused = counts.refused.load(Ordering::Relaxed);
+    assert!(died + refused > 0, "nobody noticed anything");
+}
+
+/// Ends the storm when the test ends, however it ends.
+fn scopeguard(is_over: &AtomicBool) -> impl Drop + '_ {
+    struct Over<'a>(&'a AtomicBool);
+    impl Drop for Over<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    Over(is_over)
+}
+
+fn storm(client: &SharedDuplexClient, thread: u64, counts: &Counts, is_over: &AtomicBool) {
+    let mut number = thread;
+    while !is_over.load(Ordering::Relaxed) {
+        number = number
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1_442_695_040_888_963_407);
+        let outcome = one_of_all(client, number >> 33);
+        let counter = match &outcome {
+            Ok(()) => &counts.answered,
+            Err(ChannelError::PeerDied { .. }) => &counts.died,
+            Err(_) => &counts.refused,
+        };
+        counter.fetch_add(1, Ordering::Relaxed);
+        let Err(error) = outcome else { continue };
+        let expected = matches!(
+            error,
+            ChannelError::PeerDied { .. }
+                | ChannelError::Disconnected
+                | ChannelError::Stopped
+                | ChannelError::TimedOut
+        );
+        assert!(expected, "{}: {error:?}", kind_of(&error));
+        match client.reconnect(Duration::from_millis(200)) {
+            Ok(())
+            | Err(ChannelError::TimedOut | ChannelError::Connect(_) | ChannelError::Stopped) => {}
+            Err(error) => panic!("{error:?}"),
+        }
+    }
+}
+
+fn one_of_all(client: &SharedDuplexClient, pick: u64) -> Result<(), ChannelError> {
+    let len = [3, 100, 700, 20_000][(pick >> 8) as usize % 4];
+    let asked = request(ask::UPPER, len);
+    let right = asked.to_ascii_uppercase();
+    match pick % 6 {
+        0 => {
+            let items = [&asked[..], &asked[..3], &asked[..2]];
+            let answer = client.call_batch(&items, PATIENCE)?;
+            let mut died = 0;
+            for (item, asked) in answer.items().zip(items) {
+                match item {
+                    Ok(bytes) => assert_eq!(bytes.to_vec(), right[..asked.len()]),
+                    Err(ItemError::PeerDied { .. }) => died += 1,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            assert_eq!(died, 3 - answer.answered());
+            Ok(())
+        }
+        1 => client.send_one_way(&asked, PATIENCE).map(drop),
+        2 => {
+            let sequence = client.send_request(&asked, PATIENCE)?;
+            let_go(client, sequence);
+            Ok(())
+        }
+        3 => {
+            let first = client.send_request(&asked, PATIENCE)?;
+            // Who holds an answer while it waits for room may wait for itself.
+            let second = client.send_request(&asked, Duration::from_millis(50));
+            let second = second.inspect_err(|_| let_go(client, first))?;
+            let answers = [second, first].map(|sent| client.receive_for(sent, PATIENCE));
+            for answer in answers {
+                assert_eq!(answer?.copy_to_vec(), right);
+            }
+            Ok(())
+        }
+        _ => {
+            let answer = client.call(&asked, PATIENCE)?;
+            assert_eq!(answer.copy_to_vec(), right);
+            Ok(())
+        }
+    }
+}
+
+/// Cancels it; what was answered, or ended with its server, is taken instead.
+fn let_go(client: &SharedDuplexClient, sequence: Sequence) {
+    if !client.cancel(sequence) {
+        let taken = client.receive_for(sequence, Duration::ZERO).map(drop);
+        let expected = matches!(taken, Ok(()) | Err(ChannelError::PeerDied { .. }));
+        assert!(expected, "{taken:?}");
     }
 }
 

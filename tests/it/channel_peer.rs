@@ -100,7 +100,7 @@ impl Report {
 /// One side of a channel; killed and reaped when dropped.
 pub(crate) struct Peer {
     child: Child,
-    orders: ChildStdin,
+    orders: Option<ChildStdin>,
     reports: Receiver<Report>,
     reading: Option<JoinHandle<()>>,
 }
@@ -137,7 +137,7 @@ impl Peer {
         });
         Self {
             child,
-            orders,
+            orders: Some(orders),
             reports,
             reading: Some(reading),
         }
@@ -168,9 +168,9 @@ impl Peer {
     pub(crate) fn send(&mut self, order: &Order) {
         let mut line = serde_json::to_string(order).expect("orders are plain");
         line.push('\n');
-        self.orders
-            .write_all(line.as_bytes())
-            .expect("the peer takes orders");
+        let orders = self.orders.as_mut().expect("it was not told to leave");
+        let written = orders.write_all(line.as_bytes());
+        written.expect("the peer takes orders");
     }
 
     /// The next report.
@@ -220,6 +220,14 @@ impl Peer {
 
     pub(crate) fn kill(mut self) {
         self.end();
+    }
+
+    /// Ends its standard input, upon which it ends in order, and waits for that.
+    #[track_caller]
+    pub(crate) fn leave(mut self) {
+        self.orders = None;
+        let ended = super::nodes::await_exit(&mut self.child, PATIENCE);
+        assert!(ended.is_some(), "it does not end");
     }
 
     fn end(&mut self) {
